@@ -1,0 +1,62 @@
+"""Every error normswap raises on purpose, and the exit code that goes with it.
+
+Each class also is the builtin that Python users would catch, so that ``except ValueError`` keeps working.
+"""
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_REFUSED = 3
+EXIT_CHECK_FAILED = 4
+
+
+class NormswapError(Exception):
+    """Base of all errors below; its text is one line that says what, where and what to do."""
+
+    exit_code = EXIT_FAILURE
+
+
+class ArgumentError(NormswapError, ValueError):
+    """An argument that cannot be meant: a missing path, an unknown name, an output that is in the way."""
+
+    exit_code = EXIT_USAGE
+
+
+class CheckpointError(NormswapError, RuntimeError):
+    """Weights that cannot be read or do not fit the model."""
+
+
+class DataError(NormswapError, RuntimeError):
+    """Images that cannot be found or read, or labels that do not fit the model."""
+
+
+class CalibrationError(NormswapError, ArithmeticError):
+    """Statistics that are not finite or do not exist; names the site."""
+
+
+class FoldError(NormswapError, ArithmeticError):
+    """A fold that cannot be done exactly; nothing was assigned."""
+
+
+class OutputError(NormswapError, OSError):
+    """The output folder cannot be written; what stood there before still stands."""
+
+
+class ModelRefusedError(NormswapError, ValueError):
+    """A model normswap does not convert; the text says why."""
+
+    exit_code = EXIT_REFUSED
+
+
+class NoLayerNormError(ModelRefusedError):
+    """There is nothing to swap."""
+
+
+class CheckFailedError(NormswapError, AssertionError):
+    """A number normswap promised does not hold; nothing was saved.
+
+    Attributes:
+        report: the `ConversionReport` up to that point, or None.
+    """
+
+    exit_code = EXIT_CHECK_FAILED
+    report: object | None = None

@@ -1,0 +1,180 @@
+"""The exported graph of a model: which nodes belong to which call of which module, and where they get weights.
+
+`torch.export` (not ``fx.symbolic_trace``, which descends into timm's LayerNorm and breaks on control flow)
+keeps the module path of every node and the shape of every value, and calls every tensor by its state-dict name.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from timm.models import get_model_input_config
+from torch import fx, nn
+
+from .errors import ArgumentError, ModelRefusedError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module inside a forward pass: the nodes that ran in it, what it read and what it gave."""
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+    input: fx.Node
+    output: fx.Node
+
+
+class ModelGraph:
+    """One exported forward pass of a model in eval mode.
+
+    Args:
+        model: any module whose forward takes one image batch `[B, C, H, W]`.
+        example: the batch to export with; its shape is baked into the graph.
+
+    Raises:
+        ModelRefusedError: the model cannot be exported.
+    """
+
+    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+        self.model = model
+        with eval_mode(model), torch.no_grad(), _quiet():
+            try:
+                self.program = torch.export.export(model, (example,), strict=False)
+            except Exception as error:  # export raises whatever the model's own code runs into
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                raise ModelRefusedError(
+                    f"{type(model).__name__}: torch.export cannot trace the forward pass ({reason[0]})"
+                ) from error
+        signature = self.program.graph_signature
+        self.attributes: dict[str, str] = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
+            **signature.inputs_to_lifted_tensor_constants,
+        }
+        self.parameters = set(signature.inputs_to_parameters)
+        self.tied = _ties(model)
+        self.nodes: list[fx.Node] = list(self.program.graph.nodes)
+
+    def attribute(self, node: object) -> str | None:
+        """Return the state-dict name behind a placeholder, None if the node is no parameter or buffer."""
+        if isinstance(node, fx.Node) and node.op == "placeholder":
+            return self.attributes.get(node.name)
+        return None
+
+    def calls(self, path: str) -> list[Call]:
+        """Return each call of the module at ``path``, in execution order.
+
+        Raises:
+            ModelRefusedError: a call reads or gives more than one value, so it is no norm as we know them.
+        """
+        groups: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            for key, (name, _) in node.meta.get("nn_module_stack", {}).items():
+                if name == path:  # the key tells calls apart: the second one ends in @1
+                    groups.setdefault(key, []).append(node)
+        return [self._call(path, nodes) for nodes in groups.values()]
+
+    def _call(self, path: str, nodes: list[fx.Node]) -> Call:
+        inside = set(nodes)
+        inputs = {
+            source: None
+            for node in nodes
+            for source in node.all_input_nodes
+            if source not in inside and self.attribute(source) is None
+        }
+        outputs = [node for node in nodes if not set(node.users) <= inside or not node.users and is_tensor(node)]
+        if len(inputs) != 1 or len(outputs) != 1:
+            raise ModelRefusedError(f"{path}: reads {len(inputs)} values and gives {len(outputs)}, not one of each")
+        return Call(path, tuple(nodes), next(iter(inputs)), outputs[0])
+
+
+def _ties(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each parameter known under several names, its other names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: [n for n in group if n != name] for group in names.values() for name in group if len(group) > 1}
+
+
+def module_stack(node: fx.Node) -> list[str]:
+    """Return the paths of the modules whose forward was running when the node ran, outermost first."""
+    return [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def owner(node: fx.Node) -> str:
+    """Return the path of the innermost module whose forward made the node; the model itself is ""."""
+    stack = module_stack(node)
+    return stack[-1] if stack else ""
+
+
+def operation(node: fx.Node) -> str:
+    """Return the operator's plain name, as ``linear`` for ``aten.linear.default``."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy on the meta device: the structure and the ties, no memory for weights."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                meta = torch.empty_like(tensor, device="meta")
+                is_parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if is_parameter else meta
+    return copy.deepcopy(model, memo)
+
+
+def resolve_input_size(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> tuple[int, int, int]:
+    """Return the model's input size (channels, height, width), as timm records it.
+
+    Raises:
+        ArgumentError: the model does not come from timm and no size was given.
+    """
+    if input_size is not None:
+        return input_size
+    if not getattr(model, "pretrained_cfg", None):
+        raise ArgumentError(f"{type(model).__name__} carries no timm config: pass input_size=(channels, height, width)")
+    return tuple(get_model_input_config(model)["input_size"])
+
+
+def example_batch(model: nn.Module, size: tuple[int, int, int], batch_size: int = 2) -> torch.Tensor:
+    """Return zeros `[B, C, H, W]` in the device and dtype of the model's weights."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(batch_size, *size, device=weight.device, dtype=weight.dtype)
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Switch whole models to eval (dropout and drop path off) and give every module its flag back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Export talks about its own internals; what concerns the user becomes a ModelRefusedError.
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,152 @@
+"""BatchNorm over batch and tokens, and what is left of it when nothing can take the fold.
+
+Letters: B batch, N tokens, C channels, H W height and width. In eval mode BatchNorm is an affine map per
+channel, ``y = scale * x + shift`` (Ioffe & Szegedy 2015, section 3.1), which is why it folds and LayerNorm
+does not.
+"""
+
+import torch
+from torch import nn
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of channels-last tokens `[..., C]`, statistics over every leading dimension.
+
+    Args are those of `torch.nn.BatchNorm1d`; ``num_features`` is C.
+
+    In eval mode the scale is computed as ``weight / sqrt(running_var + eps)``, in this order, so that
+    ``weight = sqrt(running_var + eps)`` and ``bias = running_mean`` give the identity bit for bit (a product
+    with the reciprocal square root, as in torch's kernel, would round).
+
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes dimension 1 for the channels and must not be used
+    on this class.
+    """
+
+    channel_dim = -1
+
+    def affine64(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and shift `[C]` of the eval-mode map in float64, detached."""
+        if self.running_mean is None or self.running_var is None:
+            raise ValueError("a BatchNorm without running statistics is not an affine map")
+        sigma = (self.running_var.detach().double() + self.eps).sqrt()
+        scale = sigma.reciprocal() if self.weight is None else self.weight.detach().double() / sigma
+        shift = -self.running_mean.detach().double() * scale
+        return scale, shift if self.bias is None else shift + self.bias.detach().double()
+
+    @torch.no_grad()
+    def set_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """Take population mean and (biased) variance `[C]`, any dtype and device."""
+        self.running_mean.copy_(mean)  # type: ignore[union-attr]
+        self.running_var.copy_(var)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def set_affine(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        """Choose weight and bias so that, with the statistics as they are, ``y = scale * x + shift``.
+
+        ``scale = 1, shift = 0`` gives an identity bit for bit, see the class.
+        """
+        sigma = (self.running_var + self.eps).sqrt()  # type: ignore[operator]
+        mean = self.running_mean
+        self.weight.copy_(scale.to(sigma) * sigma)
+        self.bias.copy_(shift.double() + mean.double() * (self.weight / sigma).double())  # type: ignore[union-attr]
+
+    def set_identity(self) -> None:
+        """Make the eval-mode map the exact identity, whatever the statistics."""
+        self.set_affine(torch.ones_like(self.weight), torch.zeros_like(self.weight))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.shape[self.channel_dim] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels in dimension {self.channel_dim}, got {list(input.shape)}"
+            )
+        if self.training:
+            x = input.movedim(self.channel_dim, -1)  # [B, C, H, W] -> [B, H, W, C]; tokens stay
+            y = super().forward(x.reshape(-1, self.num_features))  # [..., C] -> [B*N, C]
+            return y.reshape(x.shape).movedim(-1, self.channel_dim)  # and back
+        sigma = (self.running_var + self.eps).sqrt()  # type: ignore[operator]
+        scale = self.weight / sigma
+        shift = self.bias - self.running_mean * scale  # type: ignore[operator]
+        return input * _along(scale, input, self.channel_dim) + _along(shift, input, self.channel_dim)
+
+
+class TokenBatchNorm2d(TokenBatchNorm):
+    """The twin of `TokenBatchNorm` for channels-first maps `[B, C, H, W]`."""
+
+    channel_dim = 1
+
+
+class TokenAffine(nn.Module):
+    """``y = weight * x + bias`` per channel: a BatchNorm with no neighbour to fold into, its statistics gone.
+
+    Args:
+        num_features: C.
+        channel_dim: -1 for tokens `[..., C]`, 1 for maps `[B, C, H, W]`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        channel_dim: int = -1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.channel_dim = channel_dim
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, channel_dim={self.channel_dim}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * _along(self.weight, x, self.channel_dim) + _along(self.bias, x, self.channel_dim)
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer with a BatchNorm on its output `[..., O]`; weight and bias keep the layer's own names.
+
+    This is BatchNorm between the two linear layers of an FFN, before the activation (Yao et al. 2021,
+    "Leveraging Batch Normalization for Vision Transformers"; the paper leaves the position open).
+    """
+
+    norm: TokenBatchNorm
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(input))
+
+
+class NormedConv2d(nn.Conv2d):
+    """`NormedLinear` for FFNs made of 1x1 convolutions, `[B, O, H, W]`."""
+
+    norm: TokenBatchNorm
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.norm(super().forward(input))
+
+
+def attach_norm(layer: nn.Linear | nn.Conv2d, norm: TokenBatchNorm) -> nn.Linear | nn.Conv2d:
+    """Return a layer that shares every parameter and attribute of ``layer`` and ends in ``norm``."""
+    kind = NormedLinear if isinstance(layer, nn.Linear) else NormedConv2d
+    normed = kind.__new__(kind)
+    normed.__dict__.update(_own_state(layer))
+    normed.norm = norm
+    return normed
+
+
+def detach_norm(layer: NormedLinear | NormedConv2d) -> nn.Linear | nn.Conv2d:
+    """Return the plain layer inside, with the very same parameters."""
+    kind = nn.Linear if isinstance(layer, NormedLinear) else nn.Conv2d
+    plain = kind.__new__(kind)
+    plain.__dict__.update(_own_state(layer))
+    del plain._modules["norm"]
+    return plain
+
+
+def _along(vector: torch.Tensor, x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    return vector if channel_dim == -1 else vector.reshape(-1, *[1] * (x.ndim - 2))  # [C] -> [C, 1, 1]
+
+
+def _own_state(layer: nn.Module) -> dict:
+    # The registries are dicts: sharing them would let one layer's change appear in the other.
+    return {k: v.copy() if isinstance(v, dict) else v for k, v in layer.__dict__.items()}

@@ -1,0 +1,252 @@
+"""Find each LayerNorm and each FFN of a model and say what will become of it, and why. Changes nothing.
+
+Analysis reads the exported graph; surgery later edits the ``nn.Module`` at the path found, so that parameter
+names stay timm's.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
+from torch import nn
+
+from .errors import ArgumentError, ModelRefusedError, NoLayerNormError
+from .graph import Call, ModelGraph, example_batch, meta_copy, operation, owner, resolve_input_size
+from .norm import NormedConv2d, NormedLinear, TokenBatchNorm
+from .report import render, table
+from .trace import channel_ids, follow
+from .verdict import KEEP, VERDICTS, Target, Verdict, judge
+
+FfnBn = Literal["pre-act", "post-act", "none"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LayerNorm: what it is, what becomes of it and why.
+
+    Attributes:
+        path: module path, timm's name for it.
+        kind: class name.
+        num_features: C.
+        channel_dim: -1 for tokens `[..., C]`, 1 for maps `[B, C, H, W]`.
+        verdict: fold-forward, fold-backward, affine or keep.
+        reason: why, in words.
+        targets: what takes the fold.
+    """
+
+    path: str
+    kind: str
+    num_features: int
+    channel_dim: int
+    verdict: str
+    reason: str
+    targets: tuple[Target, ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        """Return the row that ``inspect --json`` prints."""
+        row = asdict(self)
+        del row["targets"]
+        row["readers"] = [t.name for t in self.targets if t.side == "input"]
+        row["producers"] = [t.name for t in self.targets if t.side != "input"]
+        row["creates_bias"] = [t.name for t in self.targets if t.creates_bias]
+        return row
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """One feed-forward network and where a BatchNorm can go between its linear layers.
+
+    Attributes:
+        path: module path.
+        kind: class name.
+        first: paths of its first linear layers (two for a SwiGLU with separate gate).
+        slot: path of the place between activation and last linear layer, None if it has none.
+        reason: why no BatchNorm can go in at all; empty otherwise.
+    """
+
+    path: str
+    kind: str
+    first: tuple[str, ...]
+    slot: str | None
+    reason: str = ""
+
+    def positions(self, ffn_bn: str) -> tuple[str, ...]:
+        """Return the module paths that get a BatchNorm for the position ``ffn_bn``."""
+        if ffn_bn == "pre-act":
+            return self.first
+        return (self.slot,) if ffn_bn == "post-act" and self.slot else ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What normswap would do to a model; ``print(plan)`` is the table."""
+
+    model: str
+    input_size: tuple[int, int, int]
+    sites: tuple[Site, ...]
+    ffns: tuple[Ffn, ...]
+
+    @property
+    def swapped_sites(self) -> tuple[Site, ...]:
+        """The sites that lose their LayerNorm."""
+        return tuple(site for site in self.sites if site.verdict != KEEP)
+
+    def counts(self, ffn_bn: str = "pre-act") -> dict[str, int]:
+        """Return how many sites got each verdict, and how many FFN BatchNorms go in."""
+        verdicts = Counter(site.verdict for site in self.sites)
+        inserted = sum(len(ffn.positions(ffn_bn)) for ffn in self.ffns)
+        return {"total": len(self.sites), **{v: verdicts[v] for v in VERDICTS}, "ffn_bn": inserted}
+
+    def summary(self, ffn_bn: str = "pre-act") -> str:
+        """Return one line: how many were found and what becomes of them."""
+        counts = self.counts(ffn_bn)
+        verdicts = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
+        return f"{counts['total']} LayerNorms: {verdicts}; {counts['ffn_bn']} FFN BatchNorms"
+
+    def to_json(self, ffn_bn: str = "pre-act") -> dict[str, Any]:
+        """Return the rows that the table shows, as plain JSON types."""
+        return {
+            "model": self.model,
+            "input_size": list(self.input_size),
+            "counts": self.counts(ffn_bn),
+            "sites": [site.row() for site in self.sites],
+            "ffns": [asdict(ffn) for ffn in self.ffns],
+        }
+
+    def __str__(self) -> str:
+        rows = [[s.path, s.kind, str(s.num_features), s.verdict, s.reason] for s in self.sites]
+        text = render(table(["site", "kind", "C", "verdict", "reason"], rows, right=["C"]))
+        refused = [f"no FFN BatchNorm in {ffn.path} ({ffn.kind}): {ffn.reason}" for ffn in self.ffns if ffn.reason]
+        return "\n".join([text, *refused, self.summary()])
+
+
+def make_plan(
+    model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int, int, int] | None = None
+) -> Plan:
+    """Return the plan for ``model``, which stays as it is; no memory is taken for weights.
+
+    Args:
+        model: a timm model, or any module that maps `[B, C, H, W]` to one tensor.
+        keep: shell patterns of module paths whose LayerNorm stays.
+        input_size: (channels, height, width); default: the model's own.
+
+    Raises:
+        NoLayerNormError: there is no LayerNorm in the forward pass.
+        ModelRefusedError: the model cannot be exported.
+        ArgumentError: a keep pattern fits no LayerNorm, or the input size is unknown.
+    """
+    size = resolve_input_size(model, input_size)
+    shadow = meta_copy(model).eval()
+    graph = ModelGraph(shadow, example_batch(shadow, size))
+    sites = _layer_norms(graph)
+    if not sites:
+        raise NoLayerNormError(_nothing_to_swap(model))
+    patterns = tuple(keep)
+    for pattern in patterns:
+        if not any(fnmatchcase(site.path, pattern) for site in sites):
+            raise ArgumentError(f"--keep {pattern!r} fits none of the {len(sites)} LayerNorms, as {sites[0].path}")
+    kept = tuple(
+        replace(site, verdict=KEEP, reason="excluded by --keep", targets=())
+        if any(fnmatchcase(site.path, pattern) for pattern in patterns)
+        else site
+        for site in sites
+    )
+    return Plan(model_name(model), size, kept, _ffns(graph))
+
+
+def judge_norms(graph: ModelGraph, paths: Sequence[str]) -> dict[str, Verdict]:
+    """Return the verdict for each BatchNorm of a swapped model."""
+    return {path: _judge(graph, path)[0] for path in paths}
+
+
+def model_name(model: nn.Module) -> str:
+    """Return timm's name of the architecture, or the class name."""
+    return getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+
+
+def _layer_norms(graph: ModelGraph) -> tuple[Site, ...]:
+    norms = {path: m for path, m in graph.model.named_modules() if isinstance(m, nn.LayerNorm)}
+    order: dict[str, Site] = {}
+    for node in graph.nodes:
+        if operation(node) != "layer_norm":
+            continue
+        path = owner(node)
+        if path not in norms:
+            width = int(node.meta["val"].shape[-1])
+            reason = "calls layer_norm as a function, so there is no module to replace"
+            order.setdefault(path or "(model)", Site(path or "(model)", "layer_norm", width, -1, KEEP, reason))
+        elif path not in order:
+            verdict, channel_dim = _judge(graph, path)
+            order[path] = _site(path, norms[path], channel_dim, verdict)
+    for path, norm in norms.items():
+        if path not in order:
+            order[path] = _site(path, norm, -1, Verdict(KEEP, "never runs in the forward pass"))
+    return tuple(order.values())
+
+
+def _site(path: str, norm: nn.LayerNorm, channel_dim: int, verdict: Verdict) -> Site:
+    kind, width = type(norm).__name__, norm.normalized_shape[-1]
+    return Site(path, kind, width, channel_dim, verdict.verdict, verdict.reason, verdict.targets)
+
+
+def _judge(graph: ModelGraph, path: str) -> tuple[Verdict, int]:
+    norm = graph.model.get_submodule(path)
+    if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
+        return Verdict(KEEP, f"normalises over {len(norm.normalized_shape)} dimensions, not over channels"), -1
+    try:
+        calls = graph.calls(path)
+    except ModelRefusedError as error:
+        return Verdict(KEEP, str(error)), -1
+    if len(calls) != 1:
+        return Verdict(KEEP, f"runs {len(calls)} times in one forward pass, each with other statistics"), -1
+    channel_dim = norm.channel_dim if isinstance(norm, TokenBatchNorm) else _channel_dim(calls[0])
+    if channel_dim is None:
+        return Verdict(KEEP, "the place of its channels cannot be read from the graph"), -1
+    return judge(graph, calls[0], channel_dim), channel_dim
+
+
+def _channel_dim(call: Call) -> int | None:
+    for channel_dim in (-1, 1):
+        for read in follow(call.input, channel_ids(call.input, channel_dim)):
+            in_last_dim = torch.equal(read.ids, channel_ids(read.source, -1))
+            if read.node in call.nodes and operation(read.node) == "layer_norm" and in_last_dim:
+                return channel_dim
+    return None
+
+
+def _ffns(graph: ModelGraph) -> tuple[Ffn, ...]:
+    found: list[Ffn] = []
+    for path, module in graph.model.named_modules():
+        first = [name for name in ("fc1", "fc1_g", "fc1_x") if isinstance(getattr(module, name, None), nn.Module)]
+        if first and isinstance(getattr(module, "fc2", None), nn.Module):
+            found.append(_ffn(graph, path, module, first))
+        elif isinstance(getattr(module, "mlp_act", None), nn.Module):
+            reason = "its first linear layer is fused with the attention's input projection"
+            found.append(Ffn(path, type(module).__name__, (), None, reason))
+    return tuple(found)
+
+
+def _ffn(graph: ModelGraph, path: str, module: nn.Module, first: list[str]) -> Ffn:
+    kind = type(module).__name__
+    prefix = f"{path}." if path else ""
+    layers = tuple(prefix + name for name in first)
+    for name, layer in zip(layers, (getattr(module, n) for n in first), strict=True):
+        if type(layer) not in (nn.Linear, nn.Conv2d, NormedLinear, NormedConv2d):
+            return Ffn(path, kind, (), None, f"{name} is a {type(layer).__name__}, not a plain linear layer")
+        if len(graph.calls(name)) != 1:
+            return Ffn(path, kind, (), None, f"{name} does not run exactly once")
+        if graph.tied.get(f"{name}.weight"):
+            return Ffn(path, kind, (), None, f"{name} shares its weight with {graph.tied[f'{name}.weight'][0]}")
+    # Only in these classes is the norm slot known to sit right before the last linear layer.
+    has_slot = type(module) in (Mlp, GluMlp, SwiGLU, GatedMlp) and type(module.norm) is nn.Identity
+    return Ffn(path, kind, layers, f"{prefix}norm" if has_slot else None)
+
+
+def _nothing_to_swap(model: nn.Module) -> str:
+    others = Counter(type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower())
+    has = ", ".join(f"{n} {kind}" for kind, n in others.most_common())
+    return f"{model_name(model)}: no LayerNorm in its forward pass{f' (it has {has})' if has else ''}: nothing to swap"

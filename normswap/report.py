@@ -1,0 +1,171 @@
+"""What was done and what it cost: one record per step, as a table or as JSON.
+
+Accuracy and agreement are in percent, as timm prints them; times in seconds; divergences in nats.
+"""
+
+import io
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class StageMetrics:
+    """One model measured on one set of images.
+
+    Attributes:
+        name: original, swapped, calibrated, fused, ... or the model's name.
+        n: how many images.
+        top1: percent of images whose label is the highest logit; None without labels.
+        top5: percent of images whose label is among the five highest; None without labels.
+        agreement: percent of images where the highest logit is the original's; None for headless models.
+        kl: mean over images of KL(original || model) of the softmax, in nats; None for headless models.
+        worst_kl: the largest of them; infinite if a logit is not finite.
+        cosine: mean cosine similarity of the output vector with the original's.
+        non_finite: number of images with a NaN or infinite output.
+    """
+
+    name: str
+    n: int
+    top1: float | None
+    top5: float | None
+    agreement: float | None
+    kl: float | None
+    worst_kl: float | None
+    cosine: float
+    non_finite: int
+
+    def accuracy_line(self) -> str | None:
+        """Return the line timm's validate.py prints, None without labels."""
+        if self.top1 is None or self.top5 is None:
+            return None
+        return f" * Acc@1 {self.top1:.3f} ({100 - self.top1:.3f}) Acc@5 {self.top5:.3f} ({100 - self.top5:.3f})"
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """How well one calibrated norm reproduces the LayerNorm it stands for.
+
+    Attributes:
+        site: module path.
+        samples: how many tokens were seen.
+        r2: share of the variance of the LayerNorm's output that the BatchNorm explains, at most 1.
+    """
+
+    site: str
+    samples: int
+    r2: float
+
+
+@dataclass
+class ConversionReport:
+    """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps."""
+
+    model: str
+    method: str
+    ffn_bn: str
+    calib_samples: int
+    sites: dict[str, int]
+    plan: list[dict[str, Any]]
+    ffns: list[dict[str, Any]]
+    calibration_data: str
+    evaluation_data: str
+    out: str | None = None
+    fits: list[SiteFit] = field(default_factory=list)
+    stages: list[StageMetrics] = field(default_factory=list)
+    fold_max_abs_err: float | None = None
+    created_biases: list[str] = field(default_factory=list)
+    stock_timm: str | None = None
+    skipped_images: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def stage(self, name: str) -> StageMetrics | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    @property
+    def top1_drop(self) -> float | None:
+        """Top-1 of the original minus top-1 of the last stage, in points; None without labels."""
+        if not self.stages or self.stages[0].top1 is None or self.stages[-1].top1 is None:
+            return None
+        return self.stages[0].top1 - self.stages[-1].top1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; the keys are a contract and only grow."""
+        record = asdict(self)
+        first = self.stages[0] if self.stages else None
+        last = self.stages[-1] if self.stages else None
+        record["before"] = _accuracy(first)
+        record["after"] = _accuracy(last)
+        record["agreement"] = last.agreement if last else None
+        record["kl"] = last.kl if last else None
+        record["non_finite"] = last.non_finite if last else 0
+        return record
+
+
+def _accuracy(stage: StageMetrics | None) -> dict[str, Any]:
+    if stage is None:
+        return {"top1": None, "top5": None, "n": 0}
+    return {"top1": stage.top1, "top5": stage.top5, "n": stage.n}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("normswap", "torch", "torchvision", "timm", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            found[package] = "unknown"
+    return found
+
+
+def number(value: float | int | None, digits: int = 2) -> str:
+    """Return a number for a table; a dash stands for what was not measured."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, right: Iterable[str] = ()
+) -> Table:
+    """Return a rich table; the columns named in ``right`` are aligned to the right."""
+    result = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def stages_table(stages: Sequence[StageMetrics], title: str | None = None) -> Table:
+    """Return one row per stage: the before/after check in one look."""
+    numbers = ["top-1 %", "top-5 %", "same answer %", "KL", "worst KL", "non-finite", "images"]
+    rows = [
+        [
+            stage.name,
+            number(stage.top1),
+            number(stage.top5),
+            number(stage.agreement),
+            number(stage.kl, 4),
+            number(stage.worst_kl, 4),
+            str(stage.non_finite),
+            str(stage.n),
+        ]
+        for stage in stages
+    ]
+    return table(["stage", *numbers], rows, title, right=numbers)
+
+
+def render(renderable: Table, width: int = 120) -> str:
+    """Return a table as plain text of at most ``width`` columns."""
+    console = Console(width=width, file=io.StringIO(), color_system=None, legacy_windows=False)
+    console.print(renderable)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())

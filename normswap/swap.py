@@ -1,0 +1,92 @@
+"""Put a BatchNorm where the plan says, with everything the LayerNorm had, and one between the FFN's linear layers."""
+
+import copy
+from typing import get_args
+
+import torch
+from torch import nn
+
+from .errors import ArgumentError
+from .norm import TokenBatchNorm, TokenBatchNorm2d, attach_norm
+from .plan import FfnBn, Plan, make_plan
+
+
+def swap_norms(
+    model: nn.Module, plan: Plan | None = None, ffn_bn: FfnBn = "pre-act", inplace: bool = False
+) -> nn.Module:
+    """Return the model with BatchNorm in place of each LayerNorm that the plan does not keep.
+
+    Weight, bias, eps, dtype, device, ``requires_grad`` and training flag are the LayerNorm's. The statistics
+    start at mean 0 and variance 1: call `normswap.calibrate` next. The FFN BatchNorms start as an exact identity
+    in eval mode.
+
+    Args:
+        model: the pretrained model.
+        plan: from `make_plan`; made here if absent.
+        ffn_bn: "pre-act" (between the first linear layer and the activation, folds into that layer), "post-act"
+            (timm's own norm slot, folds into the last layer) or "none".
+        inplace: change ``model`` itself instead of a deep copy.
+
+    Raises:
+        ArgumentError: unknown ``ffn_bn``, or a plan of another model.
+        NoLayerNormError, ModelRefusedError: from `make_plan`.
+    """
+    if ffn_bn not in get_args(FfnBn):
+        raise ArgumentError(f"ffn_bn is one of {', '.join(get_args(FfnBn))}, not {ffn_bn!r}")
+    plan = plan or make_plan(model)
+    for site in plan.swapped_sites:
+        if not isinstance(_submodule(model, site.path), nn.LayerNorm):
+            raise ArgumentError(f"the plan is of another model: {site.path} is no LayerNorm in {type(model).__name__}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    for site in plan.swapped_sites:
+        norm = model.get_submodule(site.path)
+        model.set_submodule(site.path, _batch_norm(norm, site.num_features, site.channel_dim))  # type: ignore[arg-type]
+    for ffn in plan.ffns:
+        for path in ffn.positions(ffn_bn):
+            _insert(model, path, model.get_submodule(ffn.first[0]))
+    return model
+
+
+def batch_norms(model: nn.Module) -> dict[str, TokenBatchNorm]:
+    """Return every BatchNorm that `swap_norms` put in and `fold_norms` has not taken out, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, TokenBatchNorm)}
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _batch_norm(norm: nn.LayerNorm, num_features: int, channel_dim: int) -> TokenBatchNorm:
+    kind = TokenBatchNorm if channel_dim == -1 else TokenBatchNorm2d
+    batch_norm = _new(kind, num_features, norm.eps, norm.weight, norm.training)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            source, copied = getattr(norm, name), getattr(batch_norm, name)
+            if source is not None:  # a LayerNorm without affine part has weight 1 and bias 0, as a fresh BatchNorm
+                copied.copy_(source)
+                copied.requires_grad_(source.requires_grad)
+    return batch_norm
+
+
+def _insert(model: nn.Module, path: str, first: nn.Module) -> None:
+    place = model.get_submodule(path)
+    layer = first if isinstance(place, nn.Identity) else place
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    last = model.get_submodule(f"{path.rpartition('.')[0]}.fc2") if isinstance(place, nn.Identity) else None
+    if last is not None:  # a gated FFN is narrower after the gate
+        width = last.in_features if isinstance(last, nn.Linear) else last.in_channels
+    kind = TokenBatchNorm if isinstance(layer, nn.Linear) else TokenBatchNorm2d
+    norm = _new(kind, int(width), 1e-5, layer.weight, place.training)
+    norm.set_identity()
+    model.set_submodule(path, norm if last is not None else attach_norm(place, norm))  # type: ignore[arg-type]
+
+
+def _new(
+    kind: type[TokenBatchNorm], num_features: int, eps: float, like: torch.Tensor | None, training: bool
+) -> TokenBatchNorm:
+    device, dtype = (None, None) if like is None else (like.device, like.dtype)
+    return kind(num_features, eps=eps, device=device, dtype=dtype).train(training)

@@ -1,0 +1,130 @@
+"""Follow channels through a graph, exactly: where a norm's output goes, and what its input is made of.
+
+Instead of one axis rule per operator, the operators themselves are run on integers. A value whose elements hold
+their own channel number (from 1) is sent through every operator that only moves elements; what arrives says which
+channel each reader sees at each of its input features, through any reshape, permutation, window partition, roll,
+split or token pick. A 0 that arrives came from padding, where a shift does not survive.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .graph import operation
+
+# Operators whose output elements are input elements, in another place. clone, dropout and dtype casts included:
+# the graph is one of eval mode.
+REARRANGING = frozenset(
+    "view reshape _unsafe_view permute transpose t swapaxes swapdims movedim moveaxis numpy_T select slice "
+    "narrow squeeze unsqueeze flatten unflatten expand repeat clone contiguous alias detach roll flip "
+    "unbind split split_with_sizes chunk unfold pixel_shuffle pixel_unshuffle pad constant_pad_nd lift_fresh_copy "
+    "getitem".split()
+)
+UNCHANGED = frozenset("dropout feature_dropout to _to_copy clone contiguous alias".split())
+# A mean of equal channels is that channel, and an average of a*x + b is a*average(x) + b.
+AVERAGING = frozenset(["mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d"])
+PADDING = frozenset(["pad", "constant_pad_nd"])
+# They read a shape, not the values.
+SHAPE_ONLY = frozenset(
+    "sym_size sym_numel sym_stride zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full "
+    "new_empty _assert_tensor_metadata _assert_async _assert_scalar".split()
+)
+
+Ids = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One node that reads the followed value as more than a rearrangement of it.
+
+    Attributes:
+        node: the reader.
+        source: the argument through which it reads.
+        ids: what arrives there, same shape as the argument: channel numbers from 1, 0 for anything else.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    ids: torch.Tensor
+
+
+def channel_ids(node: fx.Node, channel_dim: int) -> torch.Tensor:
+    """Return integers of the node's shape whose elements are their own channel number, from 1."""
+    shape = node.meta["val"].shape
+    ids = torch.arange(1, shape[channel_dim] + 1)
+    return ids.reshape([-1 if d == channel_dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
+
+
+def follow(
+    start: fx.Node,
+    ids: torch.Tensor,
+    through: frozenset[fx.Node] = frozenset(),
+    stop: frozenset[fx.Node] = frozenset(),
+) -> Iterator[Read]:
+    """Yield every `Read` of ``start``, looking through whatever only rearranges or averages.
+
+    Args:
+        start: the value to follow.
+        ids: its channel numbers, see `channel_ids`.
+        through: additions and concatenations to look through as well; in a concatenation the other parts count
+            as 0, in an addition the other side does not matter.
+        stop: nodes that always count as readers.
+    """
+    pending: list[tuple[fx.Node, Ids]] = [(start, ids)]
+    while pending:
+        source, value = pending.pop()
+        for node in source.users:
+            if operation(node) in SHAPE_ONLY:
+                continue
+            moved = None if node in stop else _moved(node, source, value, node in through)
+            if moved is not None:
+                pending.append((node, moved))
+            else:
+                yield Read(node, source, value)  # type: ignore[arg-type]  # a tuple is only read by getitem, which moves
+
+
+def _moved(node: fx.Node, source: fx.Node, ids: Ids, through: bool) -> Ids | None:
+    """Return the ids after ``node``, or None if the node does more than move them."""
+    name = operation(node)
+    if node.op != "call_function" or (node.all_input_nodes != [source] and not through):
+        return None
+    if name in UNCHANGED:
+        return ids
+    if name in AVERAGING and isinstance(ids, torch.Tensor):
+        return _averaged(node, ids)
+    if through and name == "cat":
+        tensors = node.args[0]
+        parts = [ids if t is source else torch.zeros(t.meta["val"].shape, dtype=torch.long) for t in tensors]  # type: ignore
+        return torch.cat(parts, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+    if through:
+        return ids.expand(node.meta["val"].shape)  # type: ignore[union-attr]
+    if name not in REARRANGING:
+        return None
+    if node.target is operator.getitem:
+        return ids[node.args[1]]  # type: ignore[index, return-value]
+    if name in PADDING and any(node.args[2:]) and node.args[2:] != ("constant",):
+        return None  # another fill than 0 would look like a channel
+    if name in ("view", "_unsafe_view") and isinstance(node.args[1], list | tuple):
+        return ids.reshape(node.args[1])  # type: ignore[union-attr]  # our strides need not be the value's
+    args = fx.map_arg(node.args, lambda _: ids)
+    try:
+        return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+    except (RuntimeError, TypeError):
+        return None  # not defined on integers: we cannot know, so it counts as a reader of its own
+
+
+def _averaged(node: fx.Node, ids: torch.Tensor) -> torch.Tensor | None:
+    shape = node.meta["val"].shape
+    if operation(node) == "mean":
+        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        keepdim = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
+        if dims is None:
+            return None
+        low, high = ids.amin(dims, keepdim), ids.amax(dims, keepdim)  # type: ignore[arg-type]
+    else:
+        spatial = tuple(range(2, ids.ndim))
+        low, high = ids.amin(spatial, keepdim=True), ids.amax(spatial, keepdim=True)
+    return low.expand(shape) if torch.equal(low, high) else None
