@@ -4,6 +4,7 @@ Accuracy and agreement are in percent, as timm prints them; times in seconds; di
 """
 
 import io
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -67,6 +68,7 @@ class ConversionReport:
     """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps."""
 
     model: str
+    architecture: str
     method: str
     ffn_bn: str
     calib_samples: int
@@ -105,7 +107,16 @@ class ConversionReport:
         record["agreement"] = last.agreement if last else None
         record["kl"] = last.kl if last else None
         record["non_finite"] = last.non_finite if last else 0
-        return record
+        return plain(record)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with every NaN and infinity as None, since JSON has no words for them."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _accuracy(stage: StageMetrics | None) -> dict[str, Any]:

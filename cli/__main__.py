@@ -1,0 +1,5 @@
+"""``python -m normswap_cli``."""
+
+from .main import cli
+
+cli(prog_name="normswap")

@@ -1,0 +1,135 @@
+"""``normswap convert``: checkpoint in, fused safetensors out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options as o
+from .console import Console, NormswapCommand
+
+_METHODS = ("channel", "moments")
+_POSITIONS = ("pre-act", "post-act", "none")
+
+
+@click.command(cls=NormswapCommand)
+@o.architecture_options()
+@o.weights_options()
+@o.data_options()
+@click.option("--train-split", default="train", show_default=True, help="split to calibrate on, if there is one")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder to write")
+@click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty")
+@click.option("--method", type=click.Choice(_METHODS), default="channel", show_default=True, help="how BatchNorm is set")
+@click.option(
+    "--ffn-bn", type=click.Choice(_POSITIONS), default="pre-act", show_default=True, help="BatchNorm inside the FFN"
+)
+@click.option("--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed")
+@click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
+@click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
+@click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
+@click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
+@o.output_options()
+def convert(**options: Any) -> None:
+    """Take LayerNorm out of a pretrained model: plan, swap, calibrate, fold, verify, compare, save.
+
+    \b
+    normswap convert -m vit_small_patch16_224.augreg_in21k_ft_in1k --pretrained --data-dir imagenet -o out
+    normswap convert -m local-dir:my-model --data-dir images -o out
+    normswap convert -m vit_base_patch16_224 --checkpoint my.safetensors --num-classes 10 --data-dir images -o out
+    """
+    if options["output"] is None and not options["dry_run"]:
+        raise click.UsageError("Missing option '-o' / '--output': the folder to write (or --dry-run).")
+    run(Console(options["as_json"], options["quiet"]), options)
+
+
+def run(console: Console, options: dict[str, Any]) -> None:
+    """Do what ``convert`` does; ``demo`` calls it with its own model and images."""
+    out: Path | None = options["output"]
+    sources = _sources(options)
+    console.say("load", options["model"])
+    from normswap import make_plan, pipeline
+    from normswap.atomic import check_target
+    from normswap.data import load_splits
+    from normswap.errors import CheckFailedError
+    from normswap.report import stages_table
+
+    if out is not None and not options["dry_run"]:
+        check_target(out, options["overwrite"], sources)
+    device = o.pick_device(options["device"])
+    model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
+    plan = make_plan(model, options["keep"])
+    console.say("plan", plan.summary(options["ffn_bn"]))
+    images, evaluation = load_splits(
+        model, options["data_dir"], options["train_split"], options["split"], **o.data(options)
+    )
+    calibration = images.draw(options["calib_samples"], options["seed"])
+    if options["eval_samples"]:
+        evaluation = evaluation.draw(options["eval_samples"], options["seed"])
+    console.say("calibrate", f"{options['method']}, on {calibration.description}, device {device}")
+    console.say("evaluate", f"on {evaluation.description}")
+    if images is evaluation and not options["dry_run"]:
+        console.say("note", "there is one split only: calibration images are among the evaluation images")
+    if options["dry_run"]:
+        console.result({**plan.to_json(options["ffn_bn"]), "dry_run": True}, str(plan))
+        return
+    assert out is not None  # checked by the command
+
+    try:
+        with console.progress() as progress:
+            result = pipeline.convert(
+                model,
+                calibration,
+                options["method"],
+                options["ffn_bn"],
+                eval_images=evaluation,
+                plan=plan,
+                atol=options["atol"],
+                max_drop=options["max_drop"],
+                amp_dtype=o.amp_dtype(options),
+                name=options["model"],
+                progress=progress,
+            )
+            overrides = o.preprocessing(options)
+            command = ["normswap", *sys.argv[1:]]
+            result.save(out, options["overwrite"], sources, command, overrides or None)
+    except CheckFailedError as error:
+        _show(console, error.report, stages_table)
+        raise
+    _show(console, result.report, stages_table)
+    _say_what_next(console, options, result.report, out)
+
+
+def _sources(options: dict[str, Any]) -> list[Path]:
+    model = options["model"].removeprefix("local-dir:") if options["model"].startswith("local-dir:") else None
+    paths = (model, options["checkpoint"], options["data_dir"])
+    return [Path(path) for path in paths if path is not None]
+
+
+def _show(console: Console, report: Any, stages_table: Any) -> None:
+    if report is None:
+        return
+    for stage in report.stages:
+        line = stage.accuracy_line()
+        if line:
+            console.say("eval", f"{stage.name:<10} {line}")
+    for name in report.skipped_images[:3]:
+        console.say("skipped", f"{name} cannot be read")
+    if len(report.skipped_images) > 3:
+        console.say("skipped", f"{len(report.skipped_images)} images in all")
+    console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
+    console.result(report.to_json(), *([stages_table(report.stages)] if report.stages else []))
+
+
+def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
+    console.say("wrote", f"{out}/model.safetensors, config.json, normswap.json, README.md")
+    if report.stock_timm is None:
+        loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
+        console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
+    else:
+        console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
+    weights = f" --checkpoint {options['checkpoint']}" if options["checkpoint"] else ""
+    weights += " --pretrained" if options["pretrained"] else ""
+    images = f"--data-dir {options['data_dir']}" if options["data_dir"] else f"--dataset {options['dataset']}"
+    against = f"--against {options['model']}{weights.replace('--', '--against-') if weights else ''}"
+    console.say("next", f"normswap evaluate -m local-dir:{out} {against} {images}")

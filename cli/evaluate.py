@@ -1,0 +1,82 @@
+"""``normswap evaluate``: top-1 and top-5 of one model, or of two side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options as o
+from .console import Console, NormswapCommand
+
+
+@click.command(cls=NormswapCommand)
+@o.architecture_options()
+@o.weights_options()
+@click.option("--against", metavar="MODEL", help="the original to compare with, in the same form as -m")
+@click.option("--against-pretrained", is_flag=True, help="timm's weights for --against")
+@click.option(
+    "--against-checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="weights file for --against",
+)
+@o.data_options()
+@o.output_options()
+def evaluate(
+    model: str,
+    against: str | None,
+    against_pretrained: bool,
+    against_checkpoint: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **options: Any,
+) -> None:
+    """Measure a model on images; with --against also agreement, KL and the worst image.
+
+    \b
+    normswap evaluate -m local-dir:out --against local-dir:my-model --data-dir images
+    """
+    console = Console(as_json, quiet)
+    console.say("load", model)
+    from normswap import evaluate_models, load_images
+    from normswap.pipeline import open_model
+    from normswap.report import plain, stages_table, versions
+
+    device = o.pick_device(options["device"])
+    architecture = o.architecture(options)
+    measured = open_model(model, **o.weights(options), **architecture).to(device)
+    models = {model: measured}
+    if against is not None:
+        console.say("load", against)
+        reference = open_model(
+            against, pretrained=against_pretrained, checkpoint=against_checkpoint, **architecture
+        ).to(device)
+        # The reference comes first; the same name twice still is two models.
+        models = {against: reference, model if model != against else f"{model} (2)": measured}
+    images = load_images(measured, options["data_dir"], options["split"], **o.data(options))
+    if options["eval_samples"]:
+        images = images.draw(options["eval_samples"], options["seed"])
+    console.say("evaluate", f"on {images.description}, device {device}")
+    with console.progress() as progress:
+        stages = evaluate_models(models, images, o.amp_dtype(options), progress, len(images))
+    last = stages[-1]
+    line = last.accuracy_line()
+    if line:
+        console.say("eval", line)
+    for name in images.skipped:
+        console.say("skipped", f"{name} cannot be read")
+    record = {
+        "model": model,
+        "against": against,
+        "data": images.description,
+        "img_size": images.img_size,
+        "param_count": round(sum(p.numel() for p in measured.parameters()) / 1e6, 2),
+        "skipped_images": sorted(images.skipped),
+        "versions": versions(),
+        "stages": [vars(stage) for stage in stages],
+        **{k: v for k, v in vars(last).items() if k != "name" and (against is not None or k in _ALONE)},
+    }
+    console.result(plain(record), stages_table(stages))
+
+
+_ALONE = ("n", "top1", "top5", "non_finite")

@@ -1,0 +1,145 @@
+"""Options that several commands share, spelled as timm spells them where timm has them."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+class ModelKwarg(click.ParamType):
+    """KEY=VALUE, the value a Python literal where it is one, as in timm."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        key, separator, text = str(value).partition("=")
+        if not separator or not key.isidentifier():
+            self.fail(f"{value!r} is not of the form KEY=VALUE", param, ctx)
+        try:
+            return key, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return key, text
+
+
+def architecture_options() -> Callable[[F], F]:
+    return _all(
+        click.option(
+            "-m",
+            "--model",
+            required=True,
+            metavar="MODEL",
+            help="what timm.create_model takes: a name, hf-hub:ID or local-dir:PATH",
+        ),
+        click.option("--num-classes", type=click.IntRange(0), help="classes; 0 for a headless model [model's own]"),
+        click.option("--img-size", type=click.IntRange(1), help="height and width in pixels [model's own]"),
+        click.option("--in-chans", type=click.IntRange(1), help="image channels [model's own]"),
+        click.option("--model-kwargs", type=ModelKwarg(), multiple=True, help="more arguments for timm, repeatable"),
+    )
+
+
+def weights_options() -> Callable[[F], F]:
+    return _all(
+        click.option("--pretrained", is_flag=True, help="timm's weights for a plain name"),
+        click.option(
+            "--checkpoint",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="weights file: .safetensors, or .pth/.pt without code in it",
+        ),
+        click.option("--use-ema", is_flag=True, help="take the EMA weights of a training checkpoint"),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
+    )
+
+
+def data_options() -> Callable[[F], F]:
+    return _all(
+        click.option(
+            "--data-dir",
+            type=click.Path(exists=True, path_type=Path),
+            help="folder of class folders, folder with one folder or .tar per split, or a .tar",
+        ),
+        click.option("--dataset", default="", help="timm's dataset name, as torch/cifar10 or hfds/..."),
+        click.option("--split", default="validation", show_default=True, help="split to evaluate on"),
+        click.option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm's class map file"),
+        click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
+        click.option("--eval-samples", type=click.IntRange(1), help="evaluate on a random part [all images]"),
+        click.option("--max-skipped", type=click.IntRange(0), default=10, show_default=True, help="unreadable images"),
+        click.option("-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True),
+        click.option("-j", "--workers", type=click.IntRange(0), default=2, show_default=True),
+        click.option("--crop-pct", type=float, help="[model's own]"),
+        click.option("--mean", type=float, nargs=3, help="[model's own]"),
+        click.option("--std", type=float, nargs=3, help="[model's own]"),
+        click.option("--interpolation", help="[model's own]"),
+        click.option("--seed", type=int, default=42, show_default=True, help="draws calibration images"),
+        click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
+        click.option(
+            "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True
+        ),
+    )
+
+
+def output_options() -> Callable[[F], F]:
+    return _all(
+        click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
+        click.option("-q", "--quiet", is_flag=True, help="no talk on stderr"),
+        click.option("-v", "--verbose", count=True, help="-v: warnings and logs; -vv: tracebacks"),
+    )
+
+
+def architecture(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_model` that describe the architecture."""
+    kwargs = dict(options["model_kwargs"])
+    return {name: options[name] for name in ("num_classes", "img_size", "in_chans")} | kwargs
+
+
+def weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_model` that say which weights."""
+    return {name: options[name] for name in ("pretrained", "checkpoint", "use_ema")}
+
+
+def data(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_images` beyond path and split."""
+    names = ("dataset", "class_map", "batch_size", "workers", "max_skipped")
+    return {name: options[name] for name in names} | {"labels": not options["no_labels"]} | preprocessing(options)
+
+
+def preprocessing(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the overrides of the model's data config that were given."""
+    names = ("crop_pct", "mean", "std", "interpolation")
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+def amp_dtype(options: dict[str, Any]) -> Any:
+    import torch
+
+    return getattr(torch, options["amp_dtype"]) if options["amp"] else None
+
+
+def pick_device(name: str) -> str:
+    """Return the device to run on.
+
+    Raises:
+        ArgumentError: torch cannot use it here.
+    """
+    import torch
+    from normswap.errors import ArgumentError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,154 @@
+"""A folder that appears whole or not at all: written beside its target, synced to disk, then renamed.
+
+On Linux an existing target is exchanged in one system call, so that a kill at any moment leaves either the old
+folder or the new one. Elsewhere two renames are needed; a kill between them leaves the old folder under a name that
+the next run puts back.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ArgumentError, OutputError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def check_target(target: Path, overwrite: bool, protect: Iterable[Path] = ()) -> None:
+    """Raise before any work is done if ``target`` cannot become a new folder.
+
+    Args:
+        target: the folder to come.
+        overwrite: whether a folder with files in it may be replaced.
+        protect: folders and files that must not lie inside the target, as the model that is read.
+
+    Raises:
+        ArgumentError: it is in the way of something, or not empty and ``overwrite`` is off.
+        OutputError: its parent cannot be written.
+    """
+    if target.is_symlink() or target.exists() and not target.is_dir():
+        raise ArgumentError(f"{target}: is not a folder; choose another output")
+    _recover(target)
+    resolved = target.resolve()
+    for path in [Path.cwd(), Path.home(), *protect]:
+        if target.exists() and path.resolve().is_relative_to(resolved):
+            raise ArgumentError(f"{target}: holds {path}, which would be lost; choose another output")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ArgumentError(f"{target}: not empty; choose another output, or replace it with --overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be created: {error.strerror}") from error
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {target.parent} cannot be written")
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its place when the block ends without an error.
+
+    Raises:
+        ArgumentError, OutputError: see `check_target`; also when a file cannot be written. What stood at ``target``
+            still stands then.
+    """
+    check_target(target, overwrite, protect)
+    _sweep(target)
+    staging = target.parent / f"{_prefix(target)}{os.getpid()}"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        _sync(staging)
+        _put(staging, target)
+        _sync_path(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{target}: cannot be written: {reason}; what stood there still stands") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # after an exchange this is the old folder
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.normswap-{socket.gethostname()}-"
+
+
+def _put(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    if _exchange(staging, target):
+        return
+    aside = target.parent / f".{target.name}.normswap-aside"
+    target.rename(aside)
+    try:
+        staging.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
+def _recover(target: Path) -> None:
+    aside = target.parent / f".{target.name}.normswap-aside"
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs on this machine left beside the target."""
+    prefix = _prefix(target)
+    for path in target.parent.glob(f"{_escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix)
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _escape(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync_path(path)
+    _sync_path(folder)
+
+
+def _sync_path(path: Path) -> None:
+    if path.is_dir() and sys.platform == "win32":
+        return  # Windows cannot open a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

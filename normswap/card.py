@@ -1,0 +1,68 @@
+"""The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
+
+from .report import ConversionReport, StageMetrics, number
+
+_STOCK = """Plain timm loads it; normswap is not needed:
+
+```python
+import timm, torch
+
+model = timm.create_model("local-dir:PATH", pretrained=True, norm_layer=torch.nn.Identity)
+```
+"""
+
+_OWN = """Plain timm cannot build it ({reason}); normswap can:
+
+```python
+import normswap
+
+model = normswap.load("PATH")
+```
+"""
+
+
+def model_card(report: ConversionReport, license_name: str | None) -> str:
+    """Return the text of README.md."""
+    front = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- image-classification"]
+    front += ["- timm", "- normswap"]
+    if license_name:
+        front.append(f"license: {license_name}")
+    front.append("---")
+    sites = report.sites
+    verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
+    load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
+    lines = [
+        *front,
+        "",
+        f"# {report.architecture} without LayerNorm",
+        "",
+        f"normswap {report.versions['normswap']} replaced LayerNorm by BatchNorm and folded it into the neighbouring",
+        f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
+        "",
+        f"- calibration: `{report.method}` on {report.calibration_data}, without labels",
+        f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
+        f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
+        f"- measured on {report.evaluation_data}",
+        "",
+        *_stage_rows(report.stages),
+        "",
+        "## Loading",
+        "",
+        load,
+        "normswap.json holds the plan, the numbers and the versions in full.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _short(model: str) -> str:
+    source, separator, path = model.rpartition("local-dir:")
+    return f"local-dir:{path.rstrip('/').rpartition('/')[2]}" if separator and not source else model
+
+
+def _stage_rows(stages: list[StageMetrics]) -> list[str]:
+    rows = ["| stage | top-1 % | top-5 % | same answer as the original % | KL | non-finite |", "|---|---|---|---|---|---|"]
+    for s in stages:
+        cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows

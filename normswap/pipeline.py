@@ -1,0 +1,196 @@
+"""The whole road in one call: plan, swap, calibrate, fold, verify, compare. Command line and API both end here."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibrate import METHODS, Progress, calibrate, no_progress, rebatched
+from .checkpoint import load_model
+from .data import ImageSet
+from .errors import ArgumentError, CheckFailedError
+from .evaluate import evaluate_models
+from .fold import created_biases, fold_norms, max_difference
+from .graph import eval_mode
+from .plan import FfnBn, Plan, make_plan
+from .report import ConversionReport, SiteFit
+from .save import build, describe_edits, is_output_folder, load, save_folder
+from .swap import swap_norms
+
+DEFAULT_METHOD = "channel"
+DEFAULT_ATOL = 1e-3
+
+
+@dataclass
+class Conversion:
+    """What `convert` gives.
+
+    Attributes:
+        model: the fused model, same class as before, without LayerNorm.
+        report: every number on the way.
+        plan: what was decided for each LayerNorm.
+    """
+
+    model: nn.Module
+    report: ConversionReport
+    plan: Plan
+    _edits: dict[str, Any] = field(repr=False)
+    _probe: torch.Tensor = field(repr=False)
+
+    def save(
+        self,
+        out: str | Path,
+        overwrite: bool = False,
+        protect: Iterable[Path] = (),
+        command: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the output folder, all or nothing; see `normswap.save.save_folder` for the arguments and errors."""
+        save_folder(
+            out, self.model, self.report, self._edits, self._probe, overwrite, protect, command, data_config
+        )
+
+
+def convert(
+    model: nn.Module,
+    images: Iterable[Any],
+    method: str = DEFAULT_METHOD,
+    ffn_bn: FfnBn = "pre-act",
+    *,
+    eval_images: Iterable[Any] | None = None,
+    keep: Iterable[str] = (),
+    plan: Plan | None = None,
+    atol: float = DEFAULT_ATOL,
+    max_drop: float | None = None,
+    amp_dtype: torch.dtype | None = None,
+    name: str | None = None,
+    progress: Progress = no_progress,
+) -> Conversion:
+    """Take LayerNorm out of a pretrained model and measure what that cost. ``model`` stays as it is.
+
+    Args:
+        model: a timm vision transformer with its weights.
+        images: calibration images, no labels needed: any iterable of batches `[B, C, H, W]`, normalised as the
+            model wants them, or of pairs of images and labels `[B]`. All are held in memory.
+        method: "channel" or "moments", see `normswap.calibrate`.
+        ffn_bn: where BatchNorm goes between the FFN's linear layers: "pre-act", "post-act" or "none".
+        eval_images: what accuracy and agreement are measured on, in the same form; default: ``images``.
+        keep: shell patterns of module paths whose LayerNorm stays; not together with ``plan``.
+        plan: from `make_plan`, if you have one.
+        atol: largest absolute difference of an output that the fold may cause.
+        max_drop: largest tolerated loss of top-1, in points.
+        amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
+        name: what to call the model in the report.
+        progress: called with (what, done, total).
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or no images.
+        ModelRefusedError, NoLayerNormError: see `make_plan`.
+        CalibrationError, FoldError: statistics or folded weights that are not finite.
+        CheckFailedError: fused and unfused differ by more than ``atol``, or top-1 fell by more than ``max_drop``;
+            its ``report`` holds what was measured.
+    """
+    if method not in METHODS:
+        raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    clock = _Clock()
+    with clock("plan"):
+        plan = plan or make_plan(model, keep)
+    if not plan.swapped_sites:
+        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
+    weight = next(model.parameters())
+    items = list(images)
+    batches = [batch.to(weight) for batch in rebatched(items)]
+    if not batches:
+        raise ArgumentError("no images to calibrate on")
+    count = sum(len(batch) for batch in batches)
+
+    with eval_mode(model), torch.no_grad(), clock("forward_pass"):
+        for i, batch in enumerate(batches):
+            progress("forward pass", i + 1, len(batches))
+            model(batch)
+    original = copy.deepcopy(model).eval() if model.training else model
+    swapped = swap_norms(original, plan, ffn_bn)
+    calibrated = copy.deepcopy(swapped)
+    with clock("calibrate"):
+        fits: list[SiteFit] = calibrate(calibrated, batches, original, method, progress)
+    with clock("fold"):
+        fused = fold_norms(calibrated, input_size=plan.input_size)
+        difference = max_difference(calibrated, fused, batches)
+
+    report = ConversionReport(
+        model=name or plan.model,
+        architecture=plan.model,
+        method=method,
+        ffn_bn=ffn_bn,
+        calib_samples=count,
+        sites=plan.counts(ffn_bn),
+        plan=plan.to_json(ffn_bn)["sites"],
+        ffns=plan.to_json(ffn_bn)["ffns"],
+        calibration_data=_describe(images, count),
+        evaluation_data=_describe(images if eval_images is None else eval_images, count),
+        fits=fits,
+        fold_max_abs_err=difference,
+        created_biases=created_biases(original, fused),
+        seconds=clock.seconds,
+    )
+    if not difference <= atol:
+        raise _failed(report, f"fused and unfused differ by {difference:.3g}, more than --atol {atol:g}: not saved")
+    stages = {"original": original, "swapped": swapped, "calibrated": calibrated, "fused": fused}
+    with clock("evaluate"):
+        source = items if eval_images is None else eval_images
+        total = len(eval_images) if isinstance(eval_images, ImageSet) else count
+        report.stages = evaluate_models(stages, source, amp_dtype, progress, total)
+    report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
+    if eval_images is not None and not isinstance(eval_images, ImageSet):
+        report.evaluation_data = _describe(eval_images, report.stages[0].n)
+    drop = report.top1_drop
+    if max_drop is not None and drop is None:
+        raise _failed(report, "--max-drop needs labels, and there are none: not saved")
+    if max_drop is not None and drop is not None and drop > max_drop:
+        raise _failed(report, f"top-1 fell by {drop:.2f} points, more than --max-drop {max_drop:g}: not saved")
+    fused.train(model.training)
+    return Conversion(fused, report, plan, describe_edits(original, fused), batches[0])
+
+
+def open_model(model: str, **kwargs: Any) -> nn.Module:
+    """Return a model from anywhere: what `normswap.checkpoint.load_model` takes, or a folder normswap wrote.
+
+    Raises:
+        ArgumentError, CheckpointError, ModelRefusedError: see `load_model` and `load`.
+    """
+    folder = Path(model.removeprefix("local-dir:"))
+    if model.startswith("local-dir:") and is_output_folder(folder):
+        if kwargs.get("weights", True):
+            return load(folder)
+        with torch.device("meta"):
+            return build(folder)
+    return load_model(model, **kwargs)
+
+
+def _describe(images: Iterable[Any], count: int) -> str:
+    return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
+
+
+def _failed(report: ConversionReport, text: str) -> CheckFailedError:
+    error = CheckFailedError(text)
+    error.report = report
+    return error
+
+
+class _Clock:
+    """Wall-clock seconds per named step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,210 @@
+"""Output folder out, and back in: model.safetensors, config.json, normswap.json and a model card, all or nothing."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.models import get_model_args
+from timm.models._hub import save_config_for_hf  # the public save_for_hf would write the weights its own way
+from torch import nn
+
+from .atomic import new_folder
+from .card import model_card
+from .checkpoint import check_keys
+from .errors import ArgumentError, CheckFailedError, CheckpointError, OutputError
+from .norm import TokenAffine
+from .report import ConversionReport
+
+RECORD, WEIGHTS, CONFIG, CARD = "normswap.json", "model.safetensors", "config.json", "README.md"
+FORMAT = 1
+
+
+def save_folder(
+    out: str | Path,
+    model: nn.Module,
+    report: ConversionReport,
+    edits: dict[str, Any],
+    probe: torch.Tensor,
+    overwrite: bool = False,
+    protect: Iterable[Path] = (),
+    command: list[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+) -> None:
+    """Write a fused model as a folder that timm's ``local-dir:`` reads, and prove that it does before it appears.
+
+    Args:
+        out: the folder; its parents are made.
+        model: fused, from timm.
+        report: is completed with ``out`` and, in ``stock_timm``, why plain timm cannot load it (None if it can).
+        edits: from `describe_edits`.
+        probe: images `[B, C, H, W]` on which the loaded model must answer as the saved one does, to the bit.
+        overwrite: replace a folder that is not empty.
+        protect: paths that must not lie inside ``out``.
+        command: the command line, for the record.
+        data_config: the preprocessing, where it is not the model's own.
+
+    Raises:
+        ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
+        CheckFailedError: the written folder does not give the same outputs.
+    """
+    out = Path(out)
+    if not getattr(model, "pretrained_cfg", None):
+        raise ArgumentError(f"{type(model).__name__} does not come from timm, so config.json could not rebuild it")
+    extra, report.stock_timm = stock_arguments(model)
+    report.out = str(out)
+    with new_folder(out, overwrite, protect) as folder:
+        _write_config(folder / CONFIG, model, extra, data_config)
+        _write_weights(folder / WEIGHTS, model)
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files that only their owner reads
+        record = {"format": FORMAT, "edits": edits, "command": command, "report": report.to_json()}
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (folder / CARD).write_text(model_card(report, model.pretrained_cfg.get("license")))
+        _prove(folder, model, probe, stock=report.stock_timm is None)
+
+
+def load(path: str | Path) -> nn.Module:
+    """Return the model in an output folder, in eval mode on the CPU, partial conversions included.
+
+    Args:
+        path: a folder that normswap wrote.
+
+    Raises:
+        ArgumentError: it is no such folder.
+        CheckpointError: its files do not fit each other or cannot be read.
+    """
+    path = Path(path)
+    model = build(path)
+    try:
+        state = load_file(path / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / WEIGHTS}: cannot be read ({error}): truncated?") from error
+    check_keys(str(path / WEIGHTS), model.state_dict(), state)
+    model.load_state_dict(state, strict=True, assign=False)
+    return model.eval()
+
+
+def build(path: Path) -> nn.Module:
+    """Return the architecture in an output folder, its weights not loaded.
+
+    Raises:
+        ArgumentError, CheckpointError: see `load`.
+    """
+    if not (path / RECORD).is_file():
+        raise ArgumentError(f"{path}: no {RECORD} in it, so normswap did not write this folder")
+    try:
+        record = json.loads((path / RECORD).read_text())
+        edits, version = record["edits"], record["format"]
+        model = timm.create_model(f"local-dir:{path}", pretrained=False)
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be rebuilt from its {CONFIG} and {RECORD}: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
+    _apply_edits(model, edits)
+    return model.eval()
+
+
+def is_output_folder(path: Path) -> bool:
+    return (path / RECORD).is_file()
+
+
+def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
+    """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
+    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": []}
+    for path, module in original.named_modules():
+        now = fused.get_submodule(path)
+        if isinstance(module, nn.LayerNorm):
+            if isinstance(now, TokenAffine):
+                edits["affine"][path] = {"num_features": now.num_features, "channel_dim": now.channel_dim}
+            elif isinstance(now, nn.LayerNorm):
+                edits["keep"][path] = {"eps": now.eps}
+            else:
+                edits["identity"].append(path)
+        elif getattr(module, "bias", 0) is None and getattr(now, "bias", None) is not None:
+            edits["biases"].append(path)
+    return edits
+
+
+def _apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
+    for path in edits["identity"]:
+        model.set_submodule(path, nn.Identity())
+    for path, arguments in edits["affine"].items():
+        model.set_submodule(path, TokenAffine(**arguments))
+    for path, arguments in edits["keep"].items():
+        model.get_submodule(path).eps = arguments["eps"]  # type: ignore[assignment]
+    for path in edits["biases"]:
+        layer = model.get_submodule(path)
+        if layer.bias is None:
+            width = layer.weight.shape[0]  # type: ignore[index, union-attr]
+            layer.register_parameter("bias", nn.Parameter(torch.zeros(width)))
+
+
+def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
+    """Return extra arguments with which plain timm builds the fused model, and None; or {} and why it cannot."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            return {}, f"{path} is still a LayerNorm"
+        if isinstance(module, TokenAffine):
+            return {}, f"{path} is a scale and shift that no neighbour could take"
+    reason = "it needs biases that timm has no argument for"
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for extra in ({}, {"qkv_bias": True}):
+        try:
+            with torch.device("meta"):
+                arguments = {**_arguments(model), **extra, "norm_layer": nn.Identity}
+                built = timm.create_model(model.pretrained_cfg["architecture"], pretrained=False, **arguments)  # type: ignore
+        except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+            reason = f"timm: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            continue
+        if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
+            return extra, None
+    return {}, reason
+
+
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    # norm_layer may be a class, which JSON cannot hold; after the fold it does not matter.
+    return {k: v for k, v in get_model_args(model).items() if k != "norm_layer"}
+
+
+def _write_weights(path: Path, model: nn.Module) -> None:
+    state, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        # Tied weights load back into tied modules; safetensors wants each tensor to own its memory.
+        state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(f"{path.parent}: weights cannot be written: {error}; what stood there still stands") from error
+
+
+def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
+    shadow = copy.copy(model)  # same tensors, its own attributes
+    shadow._model_args = {**_arguments(model), **extra}  # type: ignore[assignment]
+    labels = {k: model.pretrained_cfg[k] for k in ("label_names", "label_descriptions") if model.pretrained_cfg.get(k)}  # type: ignore
+    try:
+        save_config_for_hf(shadow, str(path), model_config=labels, data_config=data_config)
+    except ValueError as error:
+        raise OutputError(f"{path.parent}: {error}") from error
+
+
+def _prove(folder: Path, model: nn.Module, probe: torch.Tensor, stock: bool) -> None:
+    loaded = (
+        timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=nn.Identity).eval() if stock else load(folder)
+    )
+    weight = next(model.parameters())
+    training = model.training
+    with torch.no_grad():
+        expected = model.eval()(probe.to(weight))
+        difference = (loaded.to(weight)(probe.to(weight)) - expected).abs().max()
+    model.train(training)
+    if not difference == 0:
+        how = "plain timm" if stock else "normswap.load"
+        raise CheckFailedError(f"{folder}: read back by {how}, its outputs differ by {float(difference):.3g}; not saved")
