@@ -31,11 +31,15 @@ class NormswapCommand(click.Command):
         except Exception as error:
             if verbose > 1:
                 raise
-            failure = click.ClickException(_line(error))
-            failure.exit_code = getattr(error, "exit_code", 1)
-            raise failure from error
+            raise _Failure(_line(error), getattr(error, "exit_code", 1)) from error
         finally:
             logging.disable(logging.NOTSET)
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
 def _line(error: Exception) -> str:

@@ -20,11 +20,15 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option("--train-split", default="train", show_default=True, help="split to calibrate on, if there is one")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder to write")
 @click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty")
-@click.option("--method", type=click.Choice(_METHODS), default="channel", show_default=True, help="how BatchNorm is set")
+@click.option(
+    "--method", type=click.Choice(_METHODS), default="channel", show_default=True, help="how BatchNorm is set"
+)
 @click.option(
     "--ffn-bn", type=click.Choice(_POSITIONS), default="pre-act", show_default=True, help="BatchNorm inside the FFN"
 )
-@click.option("--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed")
+@click.option(
+    "--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed"
+)
 @click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
 @click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
 @click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")

@@ -84,9 +84,7 @@ def data_options() -> Callable[[F], F]:
         click.option("--interpolation", help="[model's own]"),
         click.option("--seed", type=int, default=42, show_default=True, help="draws calibration images"),
         click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
-        click.option(
-            "--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True
-        ),
+        click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
     )
 
 
@@ -134,6 +132,7 @@ def pick_device(name: str) -> str:
         ArgumentError: torch cannot use it here.
     """
     import torch
+
     from normswap.errors import ArgumentError
 
     if name == "auto":

@@ -32,7 +32,7 @@ def check_target(target: Path, overwrite: bool, protect: Iterable[Path] = ()) ->
         ArgumentError: it is in the way of something, or not empty and ``overwrite`` is off.
         OutputError: its parent cannot be written.
     """
-    if target.is_symlink() or target.exists() and not target.is_dir():
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArgumentError(f"{target}: is not a folder; choose another output")
     _recover(target)
     resolved = target.resolve()

@@ -165,9 +165,7 @@ def calibrate(
     return fits
 
 
-def _calibrate_site(
-    site: str, norm: TokenBatchNorm, layer_norm: nn.Module, method: str, lockstep: Lockstep
-) -> SiteFit:
+def _calibrate_site(site: str, norm: TokenBatchNorm, layer_norm: nn.Module, method: str, lockstep: Lockstep) -> SiteFit:
     estimator = METHODS[method](norm, layer_norm)  # type: ignore[arg-type]
     for x, y in lockstep.pairs(site):
         estimator.update(_tokens(x, norm), _tokens(y, norm))

@@ -61,7 +61,10 @@ def _short(model: str) -> str:
 
 
 def _stage_rows(stages: list[StageMetrics]) -> list[str]:
-    rows = ["| stage | top-1 % | top-5 % | same answer as the original % | KL | non-finite |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| stage | top-1 % | top-5 % | same answer as the original % | KL | non-finite |",
+        "|---|---|---|---|---|---|",
+    ]
     for s in stages:
         cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
         rows.append(f"| {' | '.join(cells)} |")

@@ -161,7 +161,9 @@ def check_keys(where: str, expected: dict[str, torch.Tensor], state: dict[str, t
         if k in state and state[k].shape != expected[k].shape
     ]
     parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
-    problems = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for keys, what in parts if keys]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for keys, what in parts if keys
+    ]
     if problems:
         raise CheckpointError(f"{where}: does not fit the model: {'; '.join(problems)}")
 

@@ -95,7 +95,8 @@ class _Readable(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, int, tuple[str, str] | None]:
-        base, at = self.dataset, index
+        base: Any = self.dataset
+        at = index
         if isinstance(base, Subset):
             base, at = base.dataset, base.indices[index]
         try:
@@ -227,7 +228,7 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
             root=None if root is None else str(root),
             split=split,
             search_split=False,
-            class_map=class_map,
+            class_map=class_map,  # type: ignore[arg-type]  # timm takes a file name as well
             input_img_mode=mode,
         )
     except ImportError as error:

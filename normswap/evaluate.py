@@ -23,7 +23,9 @@ class _Tally:
         self.worst_kl = 0.0
         self.is_classifier = True
 
-    def update(self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor | None, classifier: bool) -> None:
+    def update(
+        self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor | None, classifier: bool
+    ) -> None:
         """Add one batch of outputs `[B, K]` in float64, the reference model's and the labels `[B]`."""
         n = len(logits)
         self.n += n

@@ -50,9 +50,7 @@ def fold_output(
 
 
 @torch.no_grad()
-def fold_norms(
-    model: nn.Module, inplace: bool = False, input_size: tuple[int, int, int] | None = None
-) -> nn.Module:
+def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, int, int] | None = None) -> nn.Module:
     """Return the model with every BatchNorm folded away; a second call changes nothing.
 
     A BatchNorm that no neighbour can take becomes a `TokenAffine`. A layer without bias gets one where the fold

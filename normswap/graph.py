@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
@@ -86,7 +87,7 @@ class ModelGraph:
             for source in node.all_input_nodes
             if source not in inside and self.attribute(source) is None
         }
-        outputs = [node for node in nodes if not set(node.users) <= inside or not node.users and is_tensor(node)]
+        outputs = [node for node in nodes if not set(node.users) <= inside or (not node.users and is_tensor(node))]
         if len(inputs) != 1 or len(outputs) != 1:
             raise ModelRefusedError(f"{path}: reads {len(inputs)} values and gives {len(outputs)}, not one of each")
         return Call(path, tuple(nodes), next(iter(inputs)), outputs[0])
@@ -119,6 +120,17 @@ def operation(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
+def argument(node: fx.Node, index: int) -> fx.Node | None:
+    """Return the positional argument at ``index`` if it is there and a value of the graph, else None."""
+    found = node.args[index] if len(node.args) > index else None
+    return found if isinstance(found, fx.Node) else None
+
+
+def users(node: fx.Node | None) -> set[fx.Node]:
+    """Return the nodes that read ``node``."""
+    return set() if node is None else set(node.users)
+
+
 def is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
@@ -136,6 +148,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """Return timm's record of where the model comes from; empty for a model that timm did not build."""
+    return getattr(model, "pretrained_cfg", None) or {}
+
+
 def resolve_input_size(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> tuple[int, int, int]:
     """Return the model's input size (channels, height, width), as timm records it.
 
@@ -144,7 +161,7 @@ def resolve_input_size(model: nn.Module, input_size: tuple[int, int, int] | None
     """
     if input_size is not None:
         return input_size
-    if not getattr(model, "pretrained_cfg", None):
+    if not pretrained_cfg(model):
         raise ArgumentError(f"{type(model).__name__} carries no timm config: pass input_size=(channels, height, width)")
     return tuple(get_model_input_config(model)["input_size"])
 

@@ -5,6 +5,8 @@ channel, ``y = scale * x + shift`` (Ioffe & Szegedy 2015, section 3.1), which is
 does not.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,21 +25,25 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """
 
     channel_dim = -1
+    # Always there, unlike in the base class.
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
     def affine64(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and shift `[C]` of the eval-mode map in float64, detached."""
-        if self.running_mean is None or self.running_var is None:
-            raise ValueError("a BatchNorm without running statistics is not an affine map")
-        sigma = (self.running_var.detach().double() + self.eps).sqrt()
-        scale = sigma.reciprocal() if self.weight is None else self.weight.detach().double() / sigma
-        shift = -self.running_mean.detach().double() * scale
-        return scale, shift if self.bias is None else shift + self.bias.detach().double()
+        mean, var, weight, bias = (
+            t.detach().double() for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        scale = weight / (var + self.eps).sqrt()
+        return scale, bias - mean * scale
 
     @torch.no_grad()
     def set_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         """Take population mean and (biased) variance `[C]`, any dtype and device."""
-        self.running_mean.copy_(mean)  # type: ignore[union-attr]
-        self.running_var.copy_(var)  # type: ignore[union-attr]
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
 
     @torch.no_grad()
     def set_affine(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
@@ -45,10 +51,10 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
         ``scale = 1, shift = 0`` gives an identity bit for bit, see the class.
         """
-        sigma = (self.running_var + self.eps).sqrt()  # type: ignore[operator]
+        sigma = (self.running_var + self.eps).sqrt()
         mean = self.running_mean
         self.weight.copy_(scale.to(sigma) * sigma)
-        self.bias.copy_(shift.double() + mean.double() * (self.weight / sigma).double())  # type: ignore[union-attr]
+        self.bias.copy_(shift.double() + mean.double() * (self.weight / sigma).double())
 
     def set_identity(self) -> None:
         """Make the eval-mode map the exact identity, whatever the statistics."""
@@ -63,9 +69,9 @@ class TokenBatchNorm(nn.BatchNorm1d):
             x = input.movedim(self.channel_dim, -1)  # [B, C, H, W] -> [B, H, W, C]; tokens stay
             y = super().forward(x.reshape(-1, self.num_features))  # [..., C] -> [B*N, C]
             return y.reshape(x.shape).movedim(-1, self.channel_dim)  # and back
-        sigma = (self.running_var + self.eps).sqrt()  # type: ignore[operator]
+        sigma = (self.running_var + self.eps).sqrt()
         scale = self.weight / sigma
-        shift = self.bias - self.running_mean * scale  # type: ignore[operator]
+        shift = self.bias - self.running_mean * scale
         return input * _along(scale, input, self.channel_dim) + _along(shift, input, self.channel_dim)
 
 
@@ -125,10 +131,10 @@ class NormedConv2d(nn.Conv2d):
         return self.norm(super().forward(input))
 
 
-def attach_norm(layer: nn.Linear | nn.Conv2d, norm: TokenBatchNorm) -> nn.Linear | nn.Conv2d:
+def attach_norm(layer: nn.Linear | nn.Conv2d, norm: TokenBatchNorm) -> "NormedLinear | NormedConv2d":
     """Return a layer that shares every parameter and attribute of ``layer`` and ends in ``norm``."""
-    kind = NormedLinear if isinstance(layer, nn.Linear) else NormedConv2d
-    normed = kind.__new__(kind)
+    kind: Any = NormedLinear if isinstance(layer, nn.Linear) else NormedConv2d
+    normed: NormedLinear | NormedConv2d = kind.__new__(kind)
     normed.__dict__.update(_own_state(layer))
     normed.norm = norm
     return normed
@@ -136,8 +142,8 @@ def attach_norm(layer: nn.Linear | nn.Conv2d, norm: TokenBatchNorm) -> nn.Linear
 
 def detach_norm(layer: NormedLinear | NormedConv2d) -> nn.Linear | nn.Conv2d:
     """Return the plain layer inside, with the very same parameters."""
-    kind = nn.Linear if isinstance(layer, NormedLinear) else nn.Conv2d
-    plain = kind.__new__(kind)
+    kind: Any = nn.Linear if isinstance(layer, NormedLinear) else nn.Conv2d
+    plain: nn.Linear | nn.Conv2d = kind.__new__(kind)
     plain.__dict__.update(_own_state(layer))
     del plain._modules["norm"]
     return plain

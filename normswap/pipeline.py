@@ -52,9 +52,7 @@ class Conversion:
         data_config: dict[str, Any] | None = None,
     ) -> None:
         """Write the output folder, all or nothing; see `normswap.save.save_folder` for the arguments and errors."""
-        save_folder(
-            out, self.model, self.report, self._edits, self._probe, overwrite, protect, command, data_config
-        )
+        save_folder(out, self.model, self.report, self._edits, self._probe, overwrite, protect, command, data_config)
 
 
 def convert(

@@ -15,7 +15,7 @@ from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from .errors import ArgumentError, ModelRefusedError, NoLayerNormError
-from .graph import Call, ModelGraph, example_batch, meta_copy, operation, owner, resolve_input_size
+from .graph import Call, ModelGraph, example_batch, meta_copy, operation, owner, pretrained_cfg, resolve_input_size
 from .norm import NormedConv2d, NormedLinear, TokenBatchNorm
 from .report import render, table
 from .trace import channel_ids, follow
@@ -124,9 +124,7 @@ class Plan:
         return "\n".join([text, *refused, self.summary()])
 
 
-def make_plan(
-    model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int, int, int] | None = None
-) -> Plan:
+def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int, int, int] | None = None) -> Plan:
     """Return the plan for ``model``, which stays as it is; no memory is taken for weights.
 
     Args:
@@ -165,7 +163,7 @@ def judge_norms(graph: ModelGraph, paths: Sequence[str]) -> dict[str, Verdict]:
 
 def model_name(model: nn.Module) -> str:
     """Return timm's name of the architecture, or the class name."""
-    return getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    return pretrained_cfg(model).get("architecture") or type(model).__name__
 
 
 def _layer_norms(graph: ModelGraph) -> tuple[Site, ...]:

@@ -19,6 +19,7 @@ from .atomic import new_folder
 from .card import model_card
 from .checkpoint import check_keys
 from .errors import ArgumentError, CheckFailedError, CheckpointError, OutputError
+from .graph import pretrained_cfg
 from .norm import TokenAffine
 from .report import ConversionReport
 
@@ -55,7 +56,7 @@ def save_folder(
         CheckFailedError: the written folder does not give the same outputs.
     """
     out = Path(out)
-    if not getattr(model, "pretrained_cfg", None):
+    if not pretrained_cfg(model):
         raise ArgumentError(f"{type(model).__name__} does not come from timm, so config.json could not rebuild it")
     extra, report.stock_timm = stock_arguments(model)
     report.out = str(out)
@@ -65,7 +66,7 @@ def save_folder(
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files that only their owner reads
         record = {"format": FORMAT, "edits": edits, "command": command, "report": report.to_json()}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (folder / CARD).write_text(model_card(report, model.pretrained_cfg.get("license")))
+        (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license")))
         _prove(folder, model, probe, stock=report.stock_timm is None)
 
 
@@ -137,11 +138,11 @@ def _apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
     for path, arguments in edits["affine"].items():
         model.set_submodule(path, TokenAffine(**arguments))
     for path, arguments in edits["keep"].items():
-        model.get_submodule(path).eps = arguments["eps"]  # type: ignore[assignment]
+        model.get_submodule(path).eps = arguments["eps"]
     for path in edits["biases"]:
         layer = model.get_submodule(path)
         if layer.bias is None:
-            width = layer.weight.shape[0]  # type: ignore[index, union-attr]
+            width = layer.weight.shape[0]
             layer.register_parameter("bias", nn.Parameter(torch.zeros(width)))
 
 
@@ -158,7 +159,7 @@ def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
         try:
             with torch.device("meta"):
                 arguments = {**_arguments(model), **extra, "norm_layer": nn.Identity}
-                built = timm.create_model(model.pretrained_cfg["architecture"], pretrained=False, **arguments)  # type: ignore
+                built = timm.create_model(pretrained_cfg(model)["architecture"], pretrained=False, **arguments)
         except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
             reason = f"timm: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
             continue
@@ -182,13 +183,16 @@ def _write_weights(path: Path, model: nn.Module) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OutputError(f"{path.parent}: weights cannot be written: {error}; what stood there still stands") from error
+        raise OutputError(
+            f"{path.parent}: weights cannot be written: {error}; what stood there still stands"
+        ) from error
 
 
 def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
-    shadow = copy.copy(model)  # same tensors, its own attributes
-    shadow._model_args = {**_arguments(model), **extra}  # type: ignore[assignment]
-    labels = {k: model.pretrained_cfg[k] for k in ("label_names", "label_descriptions") if model.pretrained_cfg.get(k)}  # type: ignore
+    shadow: Any = copy.copy(model)  # same tensors, its own attributes
+    shadow._model_args = {**_arguments(model), **extra}
+    config = pretrained_cfg(model)
+    labels = {k: config[k] for k in ("label_names", "label_descriptions") if config.get(k)}
     try:
         save_config_for_hf(shadow, str(path), model_config=labels, data_config=data_config)
     except ValueError as error:
@@ -197,7 +201,9 @@ def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_conf
 
 def _prove(folder: Path, model: nn.Module, probe: torch.Tensor, stock: bool) -> None:
     loaded = (
-        timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=nn.Identity).eval() if stock else load(folder)
+        timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=nn.Identity).eval()
+        if stock
+        else load(folder)
     )
     weight = next(model.parameters())
     training = model.training
@@ -205,6 +211,8 @@ def _prove(folder: Path, model: nn.Module, probe: torch.Tensor, stock: bool) -> 
         expected = model.eval()(probe.to(weight))
         difference = (loaded.to(weight)(probe.to(weight)) - expected).abs().max()
     model.train(training)
-    if not difference == 0:
+    if difference != 0:  # NaN too
         how = "plain timm" if stock else "normswap.load"
-        raise CheckFailedError(f"{folder}: read back by {how}, its outputs differ by {float(difference):.3g}; not saved")
+        raise CheckFailedError(
+            f"{folder}: read back by {how}, its outputs differ by {float(difference):.3g}; not saved"
+        )

@@ -44,7 +44,7 @@ def swap_norms(
         model.set_submodule(site.path, _batch_norm(norm, site.num_features, site.channel_dim))  # type: ignore[arg-type]
     for ffn in plan.ffns:
         for path in ffn.positions(ffn_bn):
-            _insert(model, path, model.get_submodule(ffn.first[0]))
+            _insert(model, path, ffn.slot)
     return model
 
 
@@ -72,17 +72,15 @@ def _batch_norm(norm: nn.LayerNorm, num_features: int, channel_dim: int) -> Toke
     return batch_norm
 
 
-def _insert(model: nn.Module, path: str, first: nn.Module) -> None:
-    place = model.get_submodule(path)
-    layer = first if isinstance(place, nn.Identity) else place
-    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    last = model.get_submodule(f"{path.rpartition('.')[0]}.fc2") if isinstance(place, nn.Identity) else None
-    if last is not None:  # a gated FFN is narrower after the gate
-        width = last.in_features if isinstance(last, nn.Linear) else last.in_channels
+def _insert(model: nn.Module, path: str, slot: str | None) -> None:
+    """Put an identity BatchNorm into the FFN's slot, or on the output of the layer at ``path``."""
+    layer = model.get_submodule(path if path != slot else f"{path.rpartition('.')[0]}.fc2")
+    weight = layer.get_parameter("weight")
+    width = weight.shape[0] if path != slot else weight.shape[1]
     kind = TokenBatchNorm if isinstance(layer, nn.Linear) else TokenBatchNorm2d
-    norm = _new(kind, int(width), 1e-5, layer.weight, place.training)
+    norm = _new(kind, width, 1e-5, weight, layer.training)
     norm.set_identity()
-    model.set_submodule(path, norm if last is not None else attach_norm(place, norm))  # type: ignore[arg-type]
+    model.set_submodule(path, norm if path == slot else attach_norm(layer, norm))  # type: ignore[arg-type]
 
 
 def _new(

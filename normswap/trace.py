@@ -9,6 +9,7 @@ split or token pick. A 0 that arrives came from padding, where a shift does not 
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,8 +33,6 @@ SHAPE_ONLY = frozenset(
     "sym_size sym_numel sym_stride zeros_like ones_like full_like empty_like rand_like new_zeros new_ones new_full "
     "new_empty _assert_tensor_metadata _assert_async _assert_scalar".split()
 )
-
-Ids = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +72,7 @@ def follow(
             as 0, in an addition the other side does not matter.
         stop: nodes that always count as readers.
     """
-    pending: list[tuple[fx.Node, Ids]] = [(start, ids)]
+    pending: list[tuple[fx.Node, Any]] = [(start, ids)]
     while pending:
         source, value = pending.pop()
         for node in source.users:
@@ -83,11 +82,11 @@ def follow(
             if moved is not None:
                 pending.append((node, moved))
             else:
-                yield Read(node, source, value)  # type: ignore[arg-type]  # a tuple is only read by getitem, which moves
+                yield Read(node, source, value)
 
 
-def _moved(node: fx.Node, source: fx.Node, ids: Ids, through: bool) -> Ids | None:
-    """Return the ids after ``node``, or None if the node does more than move them."""
+def _moved(node: fx.Node, source: fx.Node, ids: Any, through: bool) -> Any:
+    """Return the ids after ``node`` (a tuple after a split), or None if the node does more than move them."""
     name = operation(node)
     if node.op != "call_function" or (node.all_input_nodes != [source] and not through):
         return None
@@ -96,22 +95,24 @@ def _moved(node: fx.Node, source: fx.Node, ids: Ids, through: bool) -> Ids | Non
     if name in AVERAGING and isinstance(ids, torch.Tensor):
         return _averaged(node, ids)
     if through and name == "cat":
-        tensors = node.args[0]
-        parts = [ids if t is source else torch.zeros(t.meta["val"].shape, dtype=torch.long) for t in tensors]  # type: ignore
-        return torch.cat(parts, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+        tensors: Any = node.args[0]
+        parts = [ids if t is source else torch.zeros(t.meta["val"].shape, dtype=torch.long) for t in tensors]
+        cat: Any = torch.cat
+        return cat(parts, *node.args[1:], **node.kwargs)
     if through:
-        return ids.expand(node.meta["val"].shape)  # type: ignore[union-attr]
+        return ids.expand(node.meta["val"].shape)
     if name not in REARRANGING:
         return None
     if node.target is operator.getitem:
-        return ids[node.args[1]]  # type: ignore[index, return-value]
+        return ids[node.args[1]]
     if name in PADDING and any(node.args[2:]) and node.args[2:] != ("constant",):
         return None  # another fill than 0 would look like a channel
     if name in ("view", "_unsafe_view") and isinstance(node.args[1], list | tuple):
-        return ids.reshape(node.args[1])  # type: ignore[union-attr]  # our strides need not be the value's
+        return ids.reshape(node.args[1])  # our strides need not be the value's
+    target: Any = node.target
     args = fx.map_arg(node.args, lambda _: ids)
     try:
-        return node.target(*args, **node.kwargs)  # type: ignore[operator, no-any-return]
+        return target(*args, **node.kwargs)
     except (RuntimeError, TypeError):
         return None  # not defined on integers: we cannot know, so it counts as a reader of its own
 
@@ -119,12 +120,12 @@ def _moved(node: fx.Node, source: fx.Node, ids: Ids, through: bool) -> Ids | Non
 def _averaged(node: fx.Node, ids: torch.Tensor) -> torch.Tensor | None:
     shape = node.meta["val"].shape
     if operation(node) == "mean":
-        dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         keepdim = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
         if dims is None:
             return None
-        low, high = ids.amin(dims, keepdim), ids.amax(dims, keepdim)  # type: ignore[arg-type]
+        low, high = ids.amin(dims, keepdim), ids.amax(dims, keepdim)
     else:
-        spatial = tuple(range(2, ids.ndim))
+        spatial = list(range(2, ids.ndim))
         low, high = ids.amin(spatial, keepdim=True), ids.amax(spatial, keepdim=True)
     return low.expand(shape) if torch.equal(low, high) else None

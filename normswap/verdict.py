@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from .graph import Call, ModelGraph, operation, owner
+from .graph import Call, ModelGraph, argument, operation, owner, users
 from .norm import TokenBatchNorm
 from .trace import AVERAGING, REARRANGING, UNCHANGED, Read, channel_ids, follow
 
@@ -90,10 +90,10 @@ def _forward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, .
     readers = {read.node for read in reads}
     targets: dict[str, Target] = {}
     for read in reads:
-        if operation(read.node) not in _LAYERS or read.node.args[0] is not read.source:
+        if operation(read.node) not in _LAYERS or argument(read.node, 0) is not read.source:
             raise _Blocked(_why_not(graph, read))
         path, layer = _layer(graph, read.node)
-        if not set(read.node.args[1].users) <= readers:  # type: ignore[union-attr]
+        if not users(argument(read.node, 1)) <= readers:
             raise _Blocked(f"{path} also runs on other values")
         if isinstance(layer, nn.Conv2d) and any(layer.padding if layer.padding != "valid" else ()):
             raise _Blocked(f"{path} pads its input, and a shift does not survive zero padding")
@@ -133,10 +133,10 @@ def _layer(graph: ModelGraph, node: fx.Node) -> tuple[str, nn.Linear | nn.Conv2d
     """Return the layer that ran in ``node`` if its weight and bias are plain parameters that only it uses."""
     path = owner(node)
     layer = _module(graph, path)
-    weight = graph.attribute(node.args[1])
+    weight = graph.attribute(argument(node, 1))
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     where = path or type(graph.model).__name__
-    if not isinstance(layer, _LAYERS[operation(node)]):
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or not isinstance(layer, _LAYERS[operation(node)]):
         used = f" with the weights of {weight}" if weight else ""
         raise _Blocked(f"{where} calls {operation(node)}{used} by itself, with a bias it makes in forward")
     if weight != f"{path}.weight":
@@ -147,7 +147,7 @@ def _layer(graph: ModelGraph, node: fx.Node) -> tuple[str, nn.Linear | nn.Conv2d
         others = graph.tied.get(name)
         if others:
             raise _Blocked(f"{name} is tied to {', '.join(others)}")
-    return path, layer  # type: ignore[return-value]
+    return path, layer
 
 
 def _backward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, ...]:
@@ -189,7 +189,7 @@ class _Sources:
         name, inputs = operation(node), node.all_input_nodes
         if name == "add" and len(inputs) == 2 and not node.kwargs:
             return inputs
-        if name == "cat" and len(node.args[0]) == len(inputs):  # type: ignore[arg-type]
+        if name == "cat" and isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(inputs):
             return inputs
         if name in REARRANGING | UNCHANGED | AVERAGING and len(inputs) == 1:
             return inputs
@@ -218,7 +218,7 @@ def _produced(
         axis = -1
     else:
         name, layer = _layer(graph, leaf)
-        if len(leaf.args[1].users) > 1:  # type: ignore[union-attr]
+        if len(users(argument(leaf, 1))) > 1:
             raise _Blocked(f"{name} runs more than once")
         axis = -1 if isinstance(layer, nn.Linear) else 1
         creates_bias = shift and layer.bias is None
@@ -237,6 +237,8 @@ def _produced(
         raise _Blocked(f"a feature of {name} lands in several of its channels")
     for read in reads:
         if read not in inside and (channels[read.ids.unique()] >= 0).any():
-            raise _Blocked(f"its input {name} is also read by {operation(read.node)} in {owner(read.node) or 'the model'}")
+            raise _Blocked(
+                f"its input {name} is also read by {operation(read.node)} in {owner(read.node) or 'the model'}"
+            )
     side: Literal["value", "output"] = "value" if leaf.name in graph.parameters else "output"
     return Target(name, side, tuple(channels[1:].tolist()), shift, creates_bias)
