@@ -1,8 +1,8 @@
 """Set every BatchNorm from unlabelled images: site after site, each on what the converted model really feeds it.
 
-A method is an `Estimator`: it sees, at one site, the converted model's input x and the original LayerNorm's output
-y for every token, and then sets the BatchNorm. Two are here; a third that also re-solves the reader's weights fits
-the same interface.
+A method is an `Estimator`: at one site it sees, for every token, the converted model's input x and the original
+model's output y, has the original LayerNorm at hand, and then sets the BatchNorm. Two are here; a third that also
+re-solves the reader's weights fits the same interface.
 """
 
 from abc import ABC, abstractmethod
@@ -38,31 +38,43 @@ class Estimator(ABC):
     def __init__(self, norm: TokenBatchNorm, original: nn.LayerNorm) -> None:
         self.norm = norm
         self.original = original
-        self.moments = JointMoments()
+        self.local = JointMoments()
+        self.drifted = JointMoments()
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add tokens `[M, C]`: the converted model's input and the original's output."""
-        self.moments.update(x, y)
+        """Add tokens `[M, C]`: the converted model's input and what the original gives at this site."""
+        self.local.update(x, self._layer_norm(x))
+        self.drifted.update(x, y)
+
+    @property
+    def finite(self) -> bool:
+        return self.local.finite and self.drifted.finite
 
     @abstractmethod
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the scale and the shift `[C]`, float64, that the BatchNorm shall have in eval mode."""
 
-    def solve(self) -> float:
-        """Set the BatchNorm; return the share of y's variance that it explains."""
+    def solve(self, site: str) -> SiteFit:
+        """Set the BatchNorm and say how well it fits."""
         scale, shift = self.affine()
-        self.norm.set_statistics(self.moments.x.mean, self.moments.x.var)
+        self.norm.set_statistics(self.local.x.mean, self.local.x.var)
         self.norm.set_affine(scale, shift)
-        return self._r2(*self.norm.affine64())
+        scale, shift = (v.to(self.local.cov) for v in self.norm.affine64())
+        return SiteFit(site, self.local.x.count, _r2(self.local, scale, shift), _r2(self.drifted, scale, shift))
 
-    def _r2(self, scale: torch.Tensor, shift: torch.Tensor) -> float:
-        m = self.moments
-        scale, shift = scale.to(m.cov), shift.to(m.cov)
-        # E[(y - s x - h)^2] per channel, from the centred moments
-        spread = m.y.var - 2 * scale * m.cov + scale.square() * m.x.var
-        residual = spread + (m.y.mean - scale * m.x.mean - shift).square()
-        total = m.y.var.sum()
-        return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
+    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None if p is None else p.detach().double() for p in (self.original.weight, self.original.bias))
+        return nn.functional.layer_norm(x.double(), (x.shape[-1],), weight, bias, self.original.eps)
+
+
+def _r2(moments: JointMoments, scale: torch.Tensor, shift: torch.Tensor) -> float:
+    """Return the share of y's variance that ``scale * x + shift`` explains."""
+    m = moments
+    # E[(y - s x - h)^2] per channel, from the centred moments
+    spread = m.y.var - 2 * scale * m.cov + scale.square() * m.x.var
+    residual = spread + (m.y.mean - scale * m.x.mean - shift).square()
+    total = m.y.var.sum()
+    return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
 
 
 class MomentsEstimator(Estimator):
@@ -72,7 +84,7 @@ class MomentsEstimator(Estimator):
     """
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, var = self.moments.x.mean, self.moments.x.var
+        mean, var = self.local.x.mean, self.local.x.var
         weight, bias = (None if p is None else p.detach().to(mean) for p in (self.original.weight, self.original.bias))
         scale = (var + self.norm.eps).rsqrt()
         scale = scale if weight is None else weight * scale
@@ -81,13 +93,15 @@ class MomentsEstimator(Estimator):
 
 
 class ChannelEstimator(Estimator):
-    """Per-channel least squares of LayerNorm's output: scale = cov(x, y) / var(x), shift = mean(y) - scale * mean(x).
+    """Per-channel least squares of what LayerNorm would give on the converted model's own input x.
 
-    No affine map per channel comes closer in the mean square.
+    scale = cov(x, y) / var(x), shift = mean(y) - scale * mean(x): no affine map per channel comes closer to the
+    LayerNorm in the mean square. The target is the LayerNorm on x, not the original model's value there: regressing
+    on the latter shrinks every scale by the noise that earlier sites left in x, and the signal dies out with depth.
     """
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        m = self.moments
+        m = self.local
         # A channel that varies by less than float32 can tell from its mean is constant: it carries no slope.
         constant = m.x.var.sqrt() <= torch.finfo(torch.float32).eps * m.x.mean.abs()
         scale = torch.where(constant, 0.0, m.cov / m.x.var)
@@ -109,7 +123,9 @@ class _FfnObserver(Observer):
     def solve(self) -> None:
         """Take the statistics as running mean and variance, and a weight and bias that keep the map."""
         if not self.moments.finite:
-            raise CalibrationError(f"{self.path}: statistics are not finite; nothing was changed from here on")
+            raise CalibrationError(
+                f"{self.path}: statistics are not finite; an image or a weight gives NaN or infinity there"
+            )
         scale, shift = self.norm.affine64()
         self.norm.set_statistics(self.moments.mean, self.moments.var)
         self.norm.set_affine(scale, shift)
@@ -169,9 +185,9 @@ def _calibrate_site(site: str, norm: TokenBatchNorm, layer_norm: nn.Module, meth
     estimator = METHODS[method](norm, layer_norm)  # type: ignore[arg-type]
     for x, y in lockstep.pairs(site):
         estimator.update(_tokens(x, norm), _tokens(y, norm))
-    if not estimator.moments.finite:
+    if not estimator.finite:
         raise CalibrationError(f"{site}: statistics are not finite: an image or a weight gives NaN or infinity there")
-    return SiteFit(site, estimator.moments.x.count, estimator.solve())
+    return estimator.solve(site)
 
 
 def rebatched(images: Iterable[Any]) -> Iterator[torch.Tensor]:

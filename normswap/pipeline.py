@@ -137,8 +137,6 @@ def convert(
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,
     )
-    if not difference <= atol:
-        raise _failed(report, f"fused and unfused differ by {difference:.3g}, more than --atol {atol:g}: not saved")
     stages = {"original": original, "swapped": swapped, "calibrated": calibrated, "fused": fused}
     with clock("evaluate"):
         source = items if eval_images is None else eval_images
@@ -147,6 +145,8 @@ def convert(
     report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
+    if not difference <= atol:
+        raise _failed(report, f"{_fold_problem(calibrated, batches, plan, difference, atol)}: not saved")
     drop = report.top1_drop
     if max_drop is not None and drop is None:
         raise _failed(report, "--max-drop needs labels, and there are none: not saved")
@@ -173,6 +173,18 @@ def open_model(model: str, **kwargs: Any) -> nn.Module:
 
 def _describe(images: Iterable[Any], count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
+
+
+def _fold_problem(
+    calibrated: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float
+) -> str:
+    """Say whether the fold or the model's own conditioning is at fault, by folding once more in float64."""
+    text = f"fused and unfused differ by {difference:.3g} in a logit, more than --atol {atol:g}"
+    double = copy.deepcopy(calibrated).double()
+    exact = max_difference(double, fold_norms(double, input_size=plan.input_size), (b.double() for b in batches))
+    if exact > atol:
+        return f"{text} (in float64 by {exact:.3g})"
+    return f"{text}; in float64 by {exact:.1g}, so the fold is right but this conversion amplifies rounding errors"
 
 
 def _failed(report: ConversionReport, text: str) -> CheckFailedError:

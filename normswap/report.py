@@ -55,12 +55,14 @@ class SiteFit:
     Attributes:
         site: module path.
         samples: how many tokens were seen.
-        r2: share of the variance of the LayerNorm's output that the BatchNorm explains, at most 1.
+        r2: share of the variance of the LayerNorm's output on the same input that the BatchNorm explains, at most 1.
+        r2_original: the same for what the original model has there: what is left after the drift of all sites before.
     """
 
     site: str
     samples: int
     r2: float
+    r2_original: float
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""Moments against numpy's two-pass result, for large means, and whatever the batches."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normswap.moments import JointMoments, Moments
+
+from .tolerance import MOMENTS, SPLIT
+
+
+def _split(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    cuts = sorted({size % len(x) for size in sizes} - {0})
+    return [part for part in torch.tensor_split(x, cuts) if len(part)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(offset=st.floats(-1e5, 1e5), sizes=st.lists(st.integers(1, 500), max_size=8), seed=st.integers(0, 1000))
+def test_joint_moments_match_numpy(offset, sizes, seed):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(257, 3)) * [0.1, 1, 10] + offset
+    y = 0.5 * x + generator.normal(size=x.shape)
+    joint = JointMoments()
+    for a, b in zip(_split(torch.from_numpy(x), sizes), _split(torch.from_numpy(y), sizes), strict=True):
+        joint.update(a, b)
+    spread = x.std(0)
+    centred_x, centred_y = x - x.mean(0), y - y.mean(0)
+    assert joint.x.count == 257
+    np.testing.assert_allclose(joint.x.mean, x.mean(0), atol=float(spread.max()) * MOMENTS, rtol=1e-14)
+    # An offset of 1e5 leaves 11 digits of a spread of 0.1.
+    np.testing.assert_allclose(joint.x.var, x.var(0), rtol=1e-7)
+    np.testing.assert_allclose(joint.y.var, y.var(0), rtol=1e-7)
+    np.testing.assert_allclose(joint.cov, (centred_x * centred_y).mean(0), rtol=1e-6, atol=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=10))
+def test_splitting_does_not_matter(sizes):
+    x, y = torch.randn(300, 4), torch.randn(300, 4)
+    whole, parts = JointMoments(), JointMoments()
+    whole.update(x, y)
+    for a, b in zip(_split(x, sizes), _split(y, sizes), strict=True):
+        parts.update(a, b)
+    torch.testing.assert_close(parts.x.var, whole.x.var, rtol=SPLIT, atol=0)
+    torch.testing.assert_close(parts.cov, whole.cov, rtol=SPLIT, atol=SPLIT)
+
+
+def test_a_large_mean_survives_float32_data():
+    """The formula E[x^2] - E[x]^2 in float32 gives a negative variance here."""
+    x = (torch.randn(20_000, 1) * 0.1 + 1000).float()
+    moments = Moments()
+    for part in x.split(64):
+        moments.update(part)
+    naive = x.square().mean() - x.mean().square()
+    expected = float(x.double().var(correction=0))
+    assert abs(float(moments.var) - expected) < 1e-9
+    assert abs(float(naive) - expected) > 1e-3
+
+
+def test_non_finite_samples_show():
+    moments = Moments()
+    moments.update(torch.tensor([[1.0], [float("nan")]]))
+    assert not moments.finite
+    joint = JointMoments()
+    joint.update(torch.ones(2, 1), torch.tensor([[1.0], [float("inf")]]))
+    assert not joint.finite

@@ -1,0 +1,12 @@
+"""Every numeric tolerance of the test suite, with its reason, stated once."""
+
+# A fold reorders a few hundred float64 products; 1e-9 absolute on logits of order 1 leaves room for 50 layers.
+FOLD_FLOAT64 = 1e-9
+# The same in float32 on weights of order 1: rounding 6e-8 per operation, through a dozen blocks.
+FOLD_FLOAT32 = 1e-3
+# One linear layer in float64, relative: sums of at most a thousand products.
+LINEAR_FLOAT64 = 1e-10
+# Float64 moments against numpy's two-pass result, relative to the spread; the offset costs digits of the data itself.
+MOMENTS = 1e-9
+# The same statistic from differently split batches: only the order of float64 additions changes.
+SPLIT = 1e-9
