@@ -102,7 +102,8 @@ class _Readable(Dataset):
         try:
             if hasattr(base, "reader"):  # timm's own __getitem__ would put the next image in the place of a broken one
                 stream, label, *_ = base.reader[at]
-                image = Image.open(stream).convert(base.input_img_mode)
+                with stream:
+                    image = Image.open(stream).convert(base.input_img_mode)
             else:
                 image, label, *_ = base[at]
         except _UNREADABLE as error:
