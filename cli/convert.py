@@ -132,8 +132,13 @@ def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: 
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
     else:
         console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
-    weights = f" --checkpoint {options['checkpoint']}" if options["checkpoint"] else ""
-    weights += " --pretrained" if options["pretrained"] else ""
     images = f"--data-dir {options['data_dir']}" if options["data_dir"] else f"--dataset {options['dataset']}"
-    against = f"--against {options['model']}{weights.replace('--', '--against-') if weights else ''}"
-    console.say("next", f"normswap evaluate -m local-dir:{out} {against} {images}")
+    against = [f"--against {options['model']}"]
+    if options["checkpoint"]:
+        against.append(f"--against-checkpoint {options['checkpoint']}")
+    if options["pretrained"]:
+        against.append("--against-pretrained")
+    for name in ("num_classes", "img_size", "in_chans"):
+        if options[name] is not None:
+            against.append(f"--{name.replace('_', '-')} {options[name]}")
+    console.say("next", f"normswap evaluate -m local-dir:{out} {' '.join(against)} {images}")

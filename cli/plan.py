@@ -35,4 +35,5 @@ def inspect(model: str, keep: tuple[str, ...], as_json: bool, quiet: bool, verbo
         if ffn.reason:
             console.say("ffn", f"no BatchNorm in {ffn.path} ({ffn.kind}): {ffn.reason}")
     console.say("plan", plan.summary())
-    console.say("next", f"normswap convert -m {model} --data-dir IMAGES -o OUT")
+    pretrained = "" if ":" in model else " --pretrained"
+    console.say("next", f"normswap convert -m {model}{pretrained} --data-dir IMAGES -o OUT")

@@ -1,0 +1,47 @@
+"""Documents that cannot rot: README names every command, its Python runs, and the test command is the one CI runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from normswap_cli.main import cli
+
+import normswap
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_command_is_in_the_readme_and_has_help(name):
+    assert f"normswap {name}" in README
+    assert len(cli.commands[name].help or "") > 40
+    assert all(
+        getattr(p, "help", "") or p.name in ("batch_size", "workers", "amp_dtype") for p in cli.commands[name].params
+    )
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "fused" in capsys.readouterr().out
+
+
+def test_the_two_commands_stand_there():
+    assert "\npip install . && normswap demo\n" in README
+    assert '\npip install -e ".[test]" && pytest\n' in README
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_version_stands_in_one_place():
+    found = [p for p in ROOT.rglob("*.py") if f'"{normswap.__version__}"' in p.read_text() and "build" not in p.parts]
+    assert found == [ROOT / "normswap" / "__init__.py"]
+    assert normswap.__version__ not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_public_name_has_a_docstring():
+    for name in normswap.__all__:
+        assert getattr(normswap, name).__doc__, name

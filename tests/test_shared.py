@@ -1,0 +1,75 @@
+"""The real thing: a pretrained ViT-S/14 with LayerScale and 25,000 photos, where they are. Run by hand: -m slow."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import normswap
+from normswap.data import load_splits
+from normswap.fold import max_difference
+
+from .tolerance import FOLD_FLOAT32, FOLD_FLOAT64
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(shared_model, shared_images):
+    model = normswap.load_model(shared_model)
+    images, evaluation = load_splits(model, shared_images, "train", "validation", workers=2)
+    batches = [batch for batch, _ in images.draw(1024, seed=42)]
+    plan = normswap.make_plan(model)
+    found = {}
+    for method in ("channel", "moments"):
+        swapped = normswap.swap_norms(model, plan)
+        normswap.calibrate(swapped, batches, original=model, method=method)
+        found[method] = swapped, normswap.fold_norms(swapped)
+    models = {"original": model} | {method: fused for method, (_, fused) in found.items()}
+    stages = {stage.name: stage for stage in normswap.evaluate_models(models, evaluation.draw(1000, seed=0))}
+    return plan, batches, found, stages
+
+
+def test_plan(results):
+    plan, *_ = results
+    counts = plan.counts()
+    assert (counts["total"], counts["fold-forward"], counts["ffn_bn"]) == (25, 25, 12)
+
+
+def test_channel_clearly_beats_moments(results):
+    *_, stages = results
+    assert stages["channel"].top1 > stages["moments"].top1 + 15
+    assert stages["channel"].agreement > stages["moments"].agreement + 15
+    assert stages["channel"].non_finite == 0
+
+
+def test_no_layer_norm_is_left(results):
+    _, _, found, _ = results
+    fused = found["channel"][1]
+    assert not any(isinstance(m, nn.LayerNorm | nn.BatchNorm1d) for m in fused.modules())
+
+
+def test_fold_in_float32(results):
+    _, batches, found, _ = results
+    assert 0 < max_difference(*found["channel"], batches) < FOLD_FLOAT32
+
+
+@pytest.mark.parametrize("method", ["channel", "moments"])
+def test_fold_in_float64(results, method):
+    _, batches, found, _ = results
+    swapped = copy.deepcopy(found[method][0]).double()
+    assert max_difference(swapped, normswap.fold_norms(swapped), [b.double() for b in batches[:2]]) < FOLD_FLOAT64
+
+
+def test_the_saved_folder_is_stock(results, shared_model, tmp_path):
+    import timm
+
+    _, batches, _, _ = results
+    model = normswap.load_model(shared_model)
+    result = normswap.convert(model, batches[:2])
+    result.save(tmp_path / "out")
+    assert result.report.stock_timm is None
+    stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+    with torch.no_grad():
+        assert torch.equal(stock(batches[2]), result.model(batches[2]))
