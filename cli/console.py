@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class NormswapCommand(click.Command):
             raise
         except Exception as error:
             if verbose > 1:
-                raise
+                traceback.print_exc()
             raise _Failure(_line(error), getattr(error, "exit_code", 1)) from error
         finally:
             logging.disable(logging.NOTSET)

@@ -68,11 +68,12 @@ def run(console: Console, options: dict[str, Any]) -> None:
         model, options["data_dir"], options["train_split"], options["split"], **o.data(options)
     )
     calibration = images.draw(options["calib_samples"], options["seed"])
+    one_split = images is evaluation
     if options["eval_samples"]:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
     console.say("calibrate", f"{options['method']}, on {calibration.description}, device {device}")
     console.say("evaluate", f"on {evaluation.description}")
-    if images is evaluation and not options["dry_run"]:
+    if one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
     if options["dry_run"]:
         console.result({**plan.to_json(options["ffn_bn"]), "dry_run": True}, str(plan))
@@ -106,7 +107,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
 
 def _sources(options: dict[str, Any]) -> list[Path]:
     model = options["model"].removeprefix("local-dir:") if options["model"].startswith("local-dir:") else None
-    paths = (model, options["checkpoint"], options["data_dir"])
+    paths = (model, options["checkpoint"], options["data_dir"], options["class_map"])
     return [Path(path) for path in paths if path is not None]
 
 

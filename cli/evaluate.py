@@ -39,17 +39,22 @@ def evaluate(
     console = Console(as_json, quiet)
     console.say("load", model)
     from normswap import evaluate_models, load_images
-    from normswap.pipeline import open_model
+    from normswap.pipeline import is_converted, open_model
     from normswap.report import plain, stages_table, versions
 
     device = o.pick_device(options["device"])
     architecture = o.architecture(options)
-    measured = open_model(model, **o.weights(options), **architecture).to(device)
+    # A converted folder knows its own architecture; with --against the options are for the original.
+    own = {} if against is not None and is_converted(model) else architecture
+    measured = open_model(model, **o.weights(options), **own).to(device)
     models = {model: measured}
     if against is not None:
         console.say("load", against)
         reference = open_model(
-            against, pretrained=against_pretrained, checkpoint=against_checkpoint, **architecture
+            against,
+            pretrained=against_pretrained,
+            checkpoint=against_checkpoint,
+            **({} if is_converted(against) else architecture),
         ).to(device)
         # The reference comes first; the same name twice still is two models.
         models = {against: reference, model if model != against else f"{model} (2)": measured}

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -76,15 +78,27 @@ def data_options() -> Callable[[F], F]:
         click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
         click.option("--eval-samples", type=click.IntRange(1), help="evaluate on a random part [all images]"),
         click.option("--max-skipped", type=click.IntRange(0), default=10, show_default=True, help="unreadable images"),
-        click.option("-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True),
-        click.option("-j", "--workers", type=click.IntRange(0), default=2, show_default=True),
-        click.option("--crop-pct", type=float, help="[model's own]"),
+        click.option(
+            "-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="images at once"
+        ),
+        click.option(
+            "-j", "--workers", type=click.IntRange(0), default=2, show_default=True, help="processes that read images"
+        ),
+        click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="[model's own]"),
         click.option("--mean", type=float, nargs=3, help="[model's own]"),
-        click.option("--std", type=float, nargs=3, help="[model's own]"),
-        click.option("--interpolation", help="[model's own]"),
-        click.option("--seed", type=int, default=42, show_default=True, help="draws calibration images"),
+        click.option("--std", type=click.FloatRange(0, min_open=True), nargs=3, help="[model's own]"),
+        click.option("--interpolation", type=click.Choice(_INTERPOLATIONS), help="[model's own]"),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="draws calibration images"
+        ),
         click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
-        click.option("--amp-dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True),
+        click.option(
+            "--amp-dtype",
+            type=click.Choice(["float16", "bfloat16"]),
+            default="float16",
+            show_default=True,
+            help="of --amp",
+        ),
     )
 
 
@@ -138,7 +152,7 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
     return name

@@ -39,14 +39,12 @@ def check_target(target: Path, overwrite: bool, protect: Iterable[Path] = ()) ->
     for path in [Path.cwd(), Path.home(), *protect]:
         if target.exists() and path.resolve().is_relative_to(resolved):
             raise ArgumentError(f"{target}: holds {path}, which would be lost; choose another output")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ArgumentError(f"{target}: not empty; choose another output, or replace it with --overwrite")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be created: {error.strerror}") from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{target}: {target.parent} cannot be written")
+    _refuse_files(target, overwrite)
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{target}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {nearest} cannot be written")
 
 
 @contextmanager
@@ -62,9 +60,10 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
     staging = target.parent / f"{_prefix(target)}{os.getpid()}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
         yield staging
         _sync(staging)
+        _refuse_files(target, overwrite)  # once more: much time may have passed
         _put(staging, target)
         _sync_path(target.parent)
     except OSError as error:
@@ -72,6 +71,11 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
         raise OutputError(f"{target}: cannot be written: {reason}; what stood there still stands") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # after an exchange this is the old folder
+
+
+def _refuse_files(target: Path, overwrite: bool) -> None:
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ArgumentError(f"{target}: not empty; choose another output, or replace it with --overwrite")
 
 
 def _prefix(target: Path) -> str:
@@ -111,7 +115,11 @@ def _exchange(a: Path, b: Path) -> bool:
 
 def _recover(target: Path) -> None:
     aside = target.parent / f".{target.name}.normswap-aside"
-    if aside.is_dir() and not target.exists():
+    if not aside.is_dir():
+        return
+    if target.exists():  # the new folder was in place already, the old one is done with
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
         aside.rename(target)
 
 

@@ -4,6 +4,8 @@ Everything is loaded by timm; what is added is one clear line where timm would g
 randomly initialised head.
 """
 
+import argparse
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ def load_model(
         CheckpointError: weights that cannot be read or do not fit.
         ModelRefusedError: the architecture cannot be built with these arguments.
     """
+    if use_ema and checkpoint is None:
+        raise ArgumentError("--use-ema goes with --checkpoint")
     kwargs = _resolve(model, num_classes, img_size, in_chans, model_kwargs)
     source, _ = parse_model_name(model)
     config = kwargs["pretrained_cfg"]
@@ -80,6 +84,8 @@ def _resolve(
     except OSError as error:
         raise CheckpointError(f"{model}: cannot be reached: {_line(error)}") from error
     except RuntimeError as error:
+        if source is not None:
+            raise CheckpointError(f"{model}: its config.json names no model of timm's: {_line(error)}") from error
         raise ArgumentError(_unknown(name, error)) from error
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
@@ -96,7 +102,7 @@ def _parse(model: str) -> tuple[str | None, str]:
 
 
 def _unknown(name: str, error: Exception) -> str:
-    close = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
+    close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3)
     hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() knows the names"
     return f"{_line(error)}{hint}"
 
@@ -146,9 +152,19 @@ def read_state_dict(path: Path, use_ema: bool = False) -> dict[str, torch.Tensor
         raise CheckpointError(f"{path}: {_explain(error)}") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
         raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}: {_line(error)})") from error
+    if use_ema and not _has_ema(path):
+        raise CheckpointError(f"{path}: --use-ema, but it holds no EMA weights (state_dict_ema or model_ema)")
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
         raise CheckpointError(f"{path}: holds no state dict of tensors")
     return state
+
+
+def _has_ema(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return False
+    with torch.serialization.safe_globals([argparse.Namespace]):  # as timm allows it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return any(checkpoint.get(key) is not None for key in ("state_dict_ema", "model_ema"))
 
 
 def check_keys(where: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
@@ -170,6 +186,10 @@ def check_keys(where: str, expected: dict[str, torch.Tensor], state: dict[str, t
 
 def _explain(error: Exception) -> str:
     text = str(error)
+    if "No suitable checkpoints" in text:
+        return "no weights in it: local-dir: takes a folder with config.json and model.safetensors"
+    if "weights_only" in text and "Unsupported globals" not in text and "GLOBAL" not in str(error.__cause__):
+        return f"cannot be read as weights ({_line(error.__cause__ or error)})"
     if "weights_only" in text:
         needs = text.partition("Unsupported globals: ")[2].partition(". No")[0]
         return (

@@ -151,7 +151,12 @@ def load_images(
         ArgumentError: the path does not exist.
         DataError: no images, or labels that do not fit the model.
     """
-    data_config = resolve_input_data_config(model, args={k: v for k, v in config.items() if v is not None})
+    overrides = {k: v for k, v in config.items() if v is not None}
+    try:
+        data_config = resolve_input_data_config(model, args=overrides)
+        transform = create_transform(**data_config, is_training=False)
+    except (AssertionError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ArgumentError(f"no transform can be made of {overrides}: {type(error).__name__}: {error}") from error
     channels = data_config["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"the model takes {channels} channels; images are read with 1 or 3")
@@ -159,9 +164,9 @@ def load_images(
     if not dataset:
         if root is None:
             raise ArgumentError("which images? Give --data-dir, or --dataset")
-        root = find_split(root, split) or root
-        if split not in (*_TRAIN, *_EVAL) and root == Path(data_dir or ""):
-            raise ArgumentError(f"{root}: no split {split!r}, neither as a folder nor as {split}.tar")
+        root = _split_or_root(root, split)
+    elif dataset.startswith("torch/") and root is None:
+        raise ArgumentError(f"--dataset {dataset} also needs --data-dir, the folder it lies in")
     found = _create(dataset, root, split, class_map, "L" if channels == 1 else "RGB")
     classes = _num_classes(found) if labels else None
     expected = getattr(model, "num_classes", 0)
@@ -171,7 +176,6 @@ def load_images(
             f"{where} has {classes} classes and the model answers {expected}: give --class-map, or --no-labels to "
             f"compare with the original only"
         )
-    transform = create_transform(**data_config, is_training=False)
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
     description = f"{len(found)} images of {short}"
     return ImageSet(
@@ -197,12 +201,20 @@ def load_splits(
     if dataset or data_dir is None:
         names = [train_split, split]
     else:
-        names = [name for name in (train_split, split) if find_split(Path(data_dir), name)] or [split]
+        roots = {name: _split_or_root(Path(data_dir), name) for name in (train_split, split)}
+        names = [name for name, root in roots.items() if root != Path(data_dir)] or [split]
     evaluation = load_images(model, data_dir, names[-1], dataset, **options)
     if names[0] == names[-1]:
         return evaluation, evaluation
     # Calibration takes no labels, so those of the training split need not fit the model.
     return load_images(model, data_dir, names[0], dataset, **{**options, "labels": False}), evaluation
+
+
+def _split_or_root(root: Path, split: str) -> Path:
+    found = find_split(root, split)
+    if found is None and split not in (*_TRAIN, *_EVAL):  # a folder without splits has none of the usual ones either
+        raise ArgumentError(f"{root}: no split {split!r}, neither as a folder nor as {split}.tar")
+    return found or root
 
 
 def find_split(root: Path, split: str) -> Path | None:

@@ -1,6 +1,7 @@
 """The whole road in one call: plan, swap, calibrate, fold, verify, compare. Command line and API both end here."""
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -96,9 +97,10 @@ def convert(
     """
     if method not in METHODS:
         raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    clock = _Clock()
-    with clock("plan"):
-        plan = plan or make_plan(model, keep)
+    if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
+        raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
+    plan = plan or make_plan(model, keep)
+    clock = _Clock(plan=round(plan.seconds, 3))
     if not plan.swapped_sites:
         raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
     weight = next(model.parameters())
@@ -163,12 +165,20 @@ def open_model(model: str, **kwargs: Any) -> nn.Module:
         ArgumentError, CheckpointError, ModelRefusedError: see `load_model` and `load`.
     """
     folder = Path(model.removeprefix("local-dir:"))
-    if model.startswith("local-dir:") and is_output_folder(folder):
+    if is_converted(model):
+        ignored = [name for name, value in kwargs.items() if value not in (None, False) and name != "weights"]
+        if ignored:
+            raise ArgumentError(f"{model} is converted already; it takes no --{ignored[0].replace('_', '-')}")
         if kwargs.get("weights", True):
             return load(folder)
         with torch.device("meta"):
             return build(folder)
     return load_model(model, **kwargs)
+
+
+def is_converted(model: str) -> bool:
+    """Return whether ``model`` names a folder that normswap wrote."""
+    return model.startswith("local-dir:") and is_output_folder(Path(model.removeprefix("local-dir:")))
 
 
 def _describe(images: Iterable[Any], count: int) -> str:
@@ -196,8 +206,8 @@ def _failed(report: ConversionReport, text: str) -> CheckFailedError:
 class _Clock:
     """Wall-clock seconds per named step."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:

@@ -4,9 +4,10 @@ Analysis reads the exported graph; surgery later edits the ``nn.Module`` at the 
 names stay timm's.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -89,6 +90,7 @@ class Plan:
     input_size: tuple[int, int, int]
     sites: tuple[Site, ...]
     ffns: tuple[Ffn, ...]
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def swapped_sites(self) -> tuple[Site, ...]:
@@ -137,6 +139,7 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
         ModelRefusedError: the model cannot be exported.
         ArgumentError: a keep pattern fits no LayerNorm, or the input size is unknown.
     """
+    start = time.perf_counter()
     size = resolve_input_size(model, input_size)
     shadow = meta_copy(model).eval()
     graph = ModelGraph(shadow, example_batch(shadow, size))
@@ -153,7 +156,7 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
         else site
         for site in sites
     )
-    return Plan(model_name(model), size, kept, _ffns(graph))
+    return Plan(model_name(model), size, kept, _ffns(graph), time.perf_counter() - start)
 
 
 def judge_norms(graph: ModelGraph, paths: Sequence[str]) -> dict[str, Verdict]:

@@ -104,13 +104,15 @@ def build(path: Path) -> nn.Module:
         raise ArgumentError(f"{path}: no {RECORD} in it, so normswap did not write this folder")
     try:
         record = json.loads((path / RECORD).read_text())
-        edits, version = record["edits"], record["format"]
-        model = timm.create_model(f"local-dir:{path}", pretrained=False)
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be rebuilt from its {CONFIG} and {RECORD}: {error}") from error
+        version = record["format"]
+        if version == FORMAT:
+            model = timm.create_model(f"local-dir:{path}", pretrained=False)
+            _apply_edits(model, record["edits"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: cannot be rebuilt from its {CONFIG} and {RECORD} ({problem})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
-    _apply_edits(model, edits)
     return model.eval()
 
 

@@ -27,15 +27,15 @@ assert "torch" not in sys.modules
 WRITER = (
     STUB
     + """
+import itertools
 target = Path(sys.argv[1])
 if sys.argv[2] == "no exchange":
     atomic._exchange = lambda a, b: False
-print("ready", flush=True)
-while True:
-    for letter in "AB":
-        with atomic.new_folder(target, overwrite=True) as folder:
-            for name in ("config", "record", f"only-{letter}"):
-                (folder / name).write_text(letter * 5000)
+for letter in itertools.cycle("AB"):
+    with atomic.new_folder(target, overwrite=True) as folder:
+        for name in ("config", "record", f"only-{letter}"):
+            (folder / name).write_text(letter * 5000)
+    print("ready", flush=True)
 """
 )
 
@@ -242,17 +242,16 @@ def test_kill_at_any_moment(tmp_path, how):
     """SIGKILL at random moments leaves one whole content; the next run cleans up what the killed one left."""
     target = tmp_path / "out"
     moments = random.Random(1)
-    write(target, "0")
     seen, leftovers = set(), 0
     for _ in range(25):
         command = [sys.executable, "-c", WRITER, str(target), how]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(moments.uniform(0.02, 0.06))
-        process.kill()
-        _, errors = process.communicate()
-        assert not errors
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            time.sleep(moments.uniform(0.02, 0.06))
+            process.kill()
+            _, errors = process.communicate()
+        assert (ready, errors) == ("ready\n", "")
         if how == "exchange":
             assert target.exists()  # at no moment is there nothing
         elif not target.exists():
@@ -297,12 +296,12 @@ with atomic.new_folder(Path(sys.argv[1]), overwrite=True) as folder:
 """
     )
     command = [sys.executable, "-c", script, str(target)]
-    slow = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert slow.stdout is not None
-    assert slow.stdout.readline() == "ready\n"
-    write(target, "quick")
-    assert (target / "a").read_text() == "quick"
-    slow.communicate("")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == "ready\n"
+        write(target, "quick")
+        assert (target / "a").read_text() == "quick"
+        slow.communicate("")
     assert slow.returncode == 0
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert (target / "a").read_text() == "slow"

@@ -384,12 +384,13 @@ def test_disk_full(out):
 def test_interrupt(tmp_path):
     """Ctrl-C in the middle of the work."""
     command = [sys.executable, "-m", "normswap_cli", "demo", "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    assert process.stderr is not None
-    said = next((line for line in process.stderr if line.startswith("evaluate")), None)
-    assert said  # right before the work starts
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    ) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("evaluate") for line in process.stderr)  # said right before the work starts
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr.split() == ["Aborted!"]
     assert stdout == ""

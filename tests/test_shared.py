@@ -55,11 +55,10 @@ def test_fold_in_float32(results):
     assert 0 < max_difference(*found["channel"], batches) < FOLD_FLOAT32
 
 
-@pytest.mark.parametrize("method", ["channel", "moments"])
-def test_fold_in_float64(results, method):
+def test_fold_in_float64(results):
     _, batches, found, _ = results
-    swapped = copy.deepcopy(found[method][0]).double()
-    assert max_difference(swapped, normswap.fold_norms(swapped), [b.double() for b in batches[:2]]) < FOLD_FLOAT64
+    swapped = copy.deepcopy(found["channel"][0]).double()
+    assert max_difference(swapped, normswap.fold_norms(swapped), [b.double() for b in batches]) < FOLD_FLOAT64
 
 
 def test_the_saved_folder_is_stock(results, shared_model, tmp_path):
