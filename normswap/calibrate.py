@@ -38,17 +38,11 @@ class Estimator(ABC):
     def __init__(self, norm: TokenBatchNorm, original: nn.LayerNorm) -> None:
         self.norm = norm
         self.original = original
-        self.local = JointMoments()
-        self.drifted = JointMoments()
+        self.moments = JointMoments(targets=2)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add tokens `[M, C]`: the converted model's input and what the original gives at this site."""
-        self.local.update(x, self._layer_norm(x))
-        self.drifted.update(x, y)
-
-    @property
-    def finite(self) -> bool:
-        return self.local.finite and self.drifted.finite
+        self.moments.update(x, self._layer_norm(x), y)
 
     @abstractmethod
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,24 +51,24 @@ class Estimator(ABC):
     def solve(self, site: str) -> SiteFit:
         """Set the BatchNorm and say how well it fits."""
         scale, shift = self.affine()
-        self.norm.set_statistics(self.local.x.mean, self.local.x.var)
+        self.norm.set_statistics(self.moments.x.mean, self.moments.x.var)
         self.norm.set_affine(scale, shift)
-        scale, shift = (v.to(self.local.cov) for v in self.norm.affine64())
-        return SiteFit(site, self.local.x.count, _r2(self.local, scale, shift), _r2(self.drifted, scale, shift))
+        scale, shift = (v.to(scale) for v in self.norm.affine64())
+        r2, r2_original = (self._r2(target, scale, shift) for target in (0, 1))
+        return SiteFit(site, self.moments.x.count, r2, r2_original)
+
+    def _r2(self, target: int, scale: torch.Tensor, shift: torch.Tensor) -> float:
+        """Return the share of a target's variance that ``scale * x + shift`` explains."""
+        x, y, cov = self.moments.x, self.moments.y[target], self.moments.cov[target]
+        # E[(y - s x - h)^2] per channel, from the centred moments
+        spread = y.var - 2 * scale * cov + scale.square() * x.var
+        residual = spread + (y.mean - scale * x.mean - shift).square()
+        total = y.var.sum()
+        return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
 
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = (None if p is None else p.detach().double() for p in (self.original.weight, self.original.bias))
         return nn.functional.layer_norm(x.double(), (x.shape[-1],), weight, bias, self.original.eps)
-
-
-def _r2(moments: JointMoments, scale: torch.Tensor, shift: torch.Tensor) -> float:
-    """Return the share of y's variance that ``scale * x + shift`` explains."""
-    m = moments
-    # E[(y - s x - h)^2] per channel, from the centred moments
-    spread = m.y.var - 2 * scale * m.cov + scale.square() * m.x.var
-    residual = spread + (m.y.mean - scale * m.x.mean - shift).square()
-    total = m.y.var.sum()
-    return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
 
 
 class MomentsEstimator(Estimator):
@@ -84,7 +78,7 @@ class MomentsEstimator(Estimator):
     """
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, var = self.local.x.mean, self.local.x.var
+        mean, var = self.moments.x.mean, self.moments.x.var
         weight, bias = (None if p is None else p.detach().to(mean) for p in (self.original.weight, self.original.bias))
         scale = (var + self.norm.eps).rsqrt()
         scale = scale if weight is None else weight * scale
@@ -102,9 +96,9 @@ class ChannelEstimator(Estimator):
     """
 
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.local.x
-        cov = (self.local.cov + self.drifted.cov) / 2
-        mean = (self.local.y.mean + self.drifted.y.mean) / 2
+        x, (local, original) = self.moments.x, self.moments.y
+        cov = sum(self.moments.cov) / 2
+        mean = (local.mean + original.mean) / 2
         # A channel that varies by less than float32 can tell from its mean is constant: it carries no slope.
         constant = x.var.sqrt() <= torch.finfo(torch.float32).eps * x.mean.abs()
         scale = torch.where(constant, 0.0, cov / x.var)
@@ -188,7 +182,7 @@ def _calibrate_site(site: str, norm: TokenBatchNorm, layer_norm: nn.Module, meth
     estimator = METHODS[method](norm, layer_norm)  # type: ignore[arg-type]
     for x, y in lockstep.pairs(site):
         estimator.update(_tokens(x, norm), _tokens(y, norm))
-    if not estimator.finite:
+    if not estimator.moments.finite:
         raise CalibrationError(f"{site}: statistics are not finite: an image or a weight gives NaN or infinity there")
     return estimator.solve(site)
 

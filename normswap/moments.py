@@ -47,32 +47,41 @@ class Moments:
 
 
 class JointMoments:
-    """Running moments of paired channels x and y, both `[M, C]`, and their covariance channel by channel."""
+    """Running moments of channels x and of one or more targets y, all `[M, C]`, and their covariances with x.
 
-    def __init__(self) -> None:
-        self.x, self.y = Moments(), Moments()
-        self._sum_xy = torch.zeros(0, dtype=torch.float64)
+    Attributes:
+        x: moments of x.
+        y: moments of each target.
+    """
 
-    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add paired samples `[M, C]`."""
-        count, mean_x, mean_y = self.x.count, self.x.mean, self.y.mean
-        centred_x, centred_y = self.x.update(x), self.y.update(y)
-        product = (centred_x * centred_y).sum(0)
-        if count:
-            total = self.x.count
-            # The batch means, recovered from the merged ones: delta * M / total is how far each mean moved.
-            moved_x, moved_y = self.x.mean - mean_x, self.y.mean - mean_y
-            product = product + self._sum_xy + moved_x * moved_y * (count * total / len(x))
-        self._sum_xy = product
+    def __init__(self, targets: int = 1) -> None:
+        self.x = Moments()
+        self.y = tuple(Moments() for _ in range(targets))
+        self._sum_xy = [torch.zeros(0, dtype=torch.float64)] * targets
+
+    def update(self, x: torch.Tensor, *targets: torch.Tensor) -> None:
+        """Add samples `[M, C]` of x and, in pairs with them, of every target."""
+        count, mean_x = self.x.count, self.x.mean
+        centred_x = self.x.update(x)
+        for i, (moments, target) in enumerate(zip(self.y, targets, strict=True)):
+            mean_y = moments.mean
+            product = (centred_x * moments.update(target)).sum(0)
+            if count:
+                # How far the merged mean moved is (distance of the batch mean) * M / total, so this is Chan's
+                # distance_x * distance_y * count * M / total.
+                moved_x, moved_y = self.x.mean - mean_x, moments.mean - mean_y
+                product = product + self._sum_xy[i] + moved_x * moved_y * (count * self.x.count / len(x))
+            self._sum_xy[i] = product
 
     @property
-    def cov(self) -> torch.Tensor:
-        """Population covariance of x and y, `[C]`."""
-        return self._sum_xy / max(self.x.count, 1)
+    def cov(self) -> tuple[torch.Tensor, ...]:
+        """Population covariance of x and each target, `[C]`."""
+        return tuple(sum_xy / max(self.x.count, 1) for sum_xy in self._sum_xy)
 
     @property
     def finite(self) -> bool:
-        return self.x.finite and self.y.finite and bool(torch.isfinite(self._sum_xy).all())
+        sums_finite = all(bool(torch.isfinite(sum_xy).all()) for sum_xy in self._sum_xy)
+        return self.x.finite and all(y.finite for y in self.y) and sums_finite
 
 
 def _float64(samples: torch.Tensor) -> torch.Tensor:
