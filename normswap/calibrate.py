@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError, CalibrationError
-from .graph import ModelGraph, eval_mode, operation, owner
+from .graph import ModelGraph, eval_mode, find_module, operation, owner
 from .lockstep import Lockstep, Observer
 from .moments import JointMoments, Moments
 from .norm import TokenBatchNorm
@@ -155,7 +155,7 @@ def calibrate(
     if method not in METHODS:
         raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     norms = batch_norms(swapped)
-    sites = [path for path in norms if isinstance(_module(original, path), nn.LayerNorm)]
+    sites = [path for path in norms if isinstance(find_module(original, path), nn.LayerNorm)]
     if not sites:
         raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm: swap first")
     observers = {path: _FfnObserver(path, norm) for path, norm in norms.items() if path not in sites}
@@ -214,13 +214,6 @@ def _in_order(model: nn.Module, batch: torch.Tensor, sites: list[str]) -> list[s
     wanted = set(sites)
     owners = (owner(node) for node in ModelGraph(model, batch[:1]).nodes if operation(node) == "layer_norm")
     return list(dict.fromkeys(path for path in owners if path in wanted))
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _chain(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:

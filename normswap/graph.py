@@ -148,6 +148,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def find_module(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at ``path``, None if there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """Return timm's record of where the model comes from; empty for a model that timm did not build."""
     return getattr(model, "pretrained_cfg", None) or {}

@@ -100,7 +100,7 @@ def convert(
     if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
     plan = plan or make_plan(model, keep)
-    clock = _Clock(plan=round(plan.seconds, 3))
+    clock = _Clock(plan=round(plan.seconds, 3), finetune=0.0)  # there is no fine-tuning yet
     if not plan.swapped_sites:
         raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
     weight = next(model.parameters())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError
+from .graph import find_module
 from .norm import TokenBatchNorm, TokenBatchNorm2d, attach_norm
 from .plan import FfnBn, Plan, make_plan
 
@@ -35,7 +36,7 @@ def swap_norms(
         raise ArgumentError(f"ffn_bn is one of {', '.join(get_args(FfnBn))}, not {ffn_bn!r}")
     plan = plan or make_plan(model)
     for site in plan.swapped_sites:
-        if not isinstance(_submodule(model, site.path), nn.LayerNorm):
+        if not isinstance(find_module(model, site.path), nn.LayerNorm):
             raise ArgumentError(f"the plan is of another model: {site.path} is no LayerNorm in {type(model).__name__}")
     if not inplace:
         model = copy.deepcopy(model)
@@ -51,13 +52,6 @@ def swap_norms(
 def batch_norms(model: nn.Module) -> dict[str, TokenBatchNorm]:
     """Return every BatchNorm that `swap_norms` put in and `fold_norms` has not taken out, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, TokenBatchNorm)}
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def _batch_norm(norm: nn.LayerNorm, num_features: int, channel_dim: int) -> TokenBatchNorm:
