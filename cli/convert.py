@@ -55,18 +55,23 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap import make_plan, pipeline
     from normswap.atomic import check_target
     from normswap.data import load_splits
-    from normswap.errors import CheckFailedError
+    from normswap.errors import ArgumentError, CheckFailedError
     from normswap.report import stages_table
+    from normswap.save import check_saveable
 
     if out is not None and not options["dry_run"]:
         check_target(out, options["overwrite"], sources)
     device = o.pick_device(options["device"])
     model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
-    plan = make_plan(model, options["keep"])
-    console.say("plan", plan.summary(options["ffn_bn"]))
+    if out is not None:
+        check_saveable(model)
     images, evaluation = load_splits(
         model, options["data_dir"], options["train_split"], options["split"], **o.data(options)
     )
+    if options["max_drop"] is not None and evaluation.num_classes is None:
+        raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
+    plan = make_plan(model, options["keep"], input_size=images.input_size)
+    console.say("plan", plan.summary(options["ffn_bn"]))
     calibration = images.draw(options["calib_samples"], options["seed"])
     one_split = images is evaluation
     if options["eval_samples"]:

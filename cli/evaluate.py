@@ -74,7 +74,7 @@ def evaluate(
         "model": model,
         "against": against,
         "data": images.description,
-        "img_size": images.img_size,
+        "img_size": images.input_size[-1],
         "param_count": round(sum(p.numel() for p in measured.parameters()) / 1e6, 2),
         "skipped_images": sorted(images.skipped),
         "versions": versions(),

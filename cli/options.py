@@ -129,7 +129,7 @@ def data(options: dict[str, Any]) -> dict[str, Any]:
 
 def preprocessing(options: dict[str, Any]) -> dict[str, Any]:
     """Pick the overrides of the model's data config that were given."""
-    names = ("crop_pct", "mean", "std", "interpolation")
+    names = ("img_size", "crop_pct", "mean", "std", "interpolation")
     return {name: options[name] for name in names if options[name] is not None}
 
 

@@ -25,12 +25,9 @@ def inspect(model: str, keep: tuple[str, ...], as_json: bool, quiet: bool, verbo
     console = Console(as_json, quiet)
     from normswap import make_plan
     from normswap.pipeline import open_model
-    from normswap.report import table
 
     plan = make_plan(open_model(model, weights=False, **architecture(options)), keep)
-    rows = [[s.path, s.kind, str(s.num_features), s.verdict, s.reason] for s in plan.sites]
-    shown = table(["site", "kind", "C", "verdict", "reason"], rows, right=["C"])
-    console.result(plan.to_json(), shown)
+    console.result(plan.to_json(), plan.table())
     for ffn in plan.ffns:
         if ffn.reason:
             console.say("ffn", f"no BatchNorm in {ffn.path} ({ffn.kind}): {ffn.reason}")

@@ -68,7 +68,8 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
         _sync_path(target.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot be written: {reason}; what stood there still stands") from error
+        kept = "; what stood there still stands" if target.exists() else ""
+        raise OutputError(f"{target}: cannot be written: {reason}{kept}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # after an exchange this is the old folder
 

@@ -30,7 +30,8 @@ class ImageSet:
         transform: timm's evaluation transform for the model.
         description: which images these are, for people.
         num_classes: how many classes the labels have; None if the images carry none.
-        img_size: width of the images after the transform, in pixels.
+        input_size: (channels, height, width) of the images after the transform.
+        mode: PIL's name of the channels, "RGB" or "L".
         batch_size, workers: of the loader.
         max_skipped: how many unreadable images are tolerated.
         skipped: names of the unreadable images met so far.
@@ -40,7 +41,8 @@ class ImageSet:
     transform: Any
     description: str
     num_classes: int | None
-    img_size: int
+    input_size: tuple[int, int, int]
+    mode: str = "RGB"
     batch_size: int = 64
     workers: int = 0
     max_skipped: int = 10
@@ -56,7 +58,7 @@ class ImageSet:
             DataError: more than ``max_skipped`` images, or all of them, cannot be read.
         """
         loader = DataLoader(
-            _Readable(self.dataset, self.transform),
+            _Readable(self.dataset, self.transform, self.mode),
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=_collate,
@@ -88,8 +90,8 @@ class ImageSet:
 class _Readable(Dataset):
     """Gives (image, label, None), or (None, label, (name, reason)) for an image that cannot be read."""
 
-    def __init__(self, dataset: Any, transform: Any) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: Any, transform: Any, mode: str) -> None:
+        self.dataset, self.transform, self.mode = dataset, transform, mode
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -106,6 +108,7 @@ class _Readable(Dataset):
                     image = Image.open(stream).convert(base.input_img_mode)
             else:
                 image, label, *_ = base[at]
+                image = image.convert(self.mode)
         except _UNREADABLE as error:
             name = base.filename(at) if hasattr(base, "filename") else f"image {at}"
             return None, -1, (str(name), str(error).splitlines()[0] if str(error) else type(error).__name__)
@@ -165,9 +168,10 @@ def load_images(
         if root is None:
             raise ArgumentError("which images? Give --data-dir, or --dataset")
         root = _split_or_root(root, split)
-    elif dataset.startswith("torch/") and root is None:
+    elif not dataset.startswith("hfds/") and root is None:
         raise ArgumentError(f"--dataset {dataset} also needs --data-dir, the folder it lies in")
-    found = _create(dataset, root, split, class_map, "L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    found = _create(dataset, root, split, class_map, mode)
     classes = _num_classes(found) if labels else None
     expected = getattr(model, "num_classes", 0)
     where = f"{dataset or root} ({split})" if dataset else str(root)
@@ -179,7 +183,7 @@ def load_images(
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
     description = f"{len(found)} images of {short}"
     return ImageSet(
-        found, transform, description, classes, data_config["input_size"][-1], batch_size, workers, max_skipped
+        found, transform, description, classes, tuple(data_config["input_size"]), mode, batch_size, workers, max_skipped
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .errors import ArgumentError, FoldError
-from .graph import ModelGraph, example_batch, meta_copy, resolve_input_size
+from .graph import ModelGraph, example_batch, meta_copy, resolve_input_size, tied_names
 from .norm import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
 from .plan import judge_norms
 from .swap import batch_norms
@@ -74,7 +74,8 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
         return model
     norms = batch_norms(model)
     shadow = meta_copy(model).eval()
-    graph = ModelGraph(shadow, example_batch(shadow, resolve_input_size(model, input_size)))
+    example = example_batch(shadow, resolve_input_size(model, input_size))
+    graph = ModelGraph(shadow, example, tied_names(model))
     verdicts = judge_norms(graph, list(norms))
     ledger = _Ledger(model)
     for path, norm in norms.items():
@@ -83,7 +84,7 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     for path, norm in norms.items():
         model.set_submodule(path, _remainder(norm, verdicts[path]))
     for path, module in list(model.named_modules()):
-        if isinstance(module, NormedLinear | NormedConv2d):
+        if isinstance(module, NormedLinear | NormedConv2d) and isinstance(module.norm, nn.Identity):
             model.set_submodule(path, detach_norm(module))
     return model
 

@@ -35,12 +35,13 @@ class ModelGraph:
     Args:
         model: any module whose forward takes one image batch `[B, C, H, W]`.
         example: the batch to export with; its shape is baked into the graph.
+        ties: from `tied_names` of the model with its weights, where ``model`` is a `meta_copy` of it.
 
     Raises:
         ModelRefusedError: the model cannot be exported.
     """
 
-    def __init__(self, model: nn.Module, example: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, example: torch.Tensor, ties: dict[str, list[str]] | None = None) -> None:
         self.model = model
         with eval_mode(model), torch.no_grad(), _quiet():
             try:
@@ -57,7 +58,7 @@ class ModelGraph:
             **signature.inputs_to_lifted_tensor_constants,
         }
         self.parameters = set(signature.inputs_to_parameters)
-        self.tied = _ties(model)
+        self.tied = tied_names(model) if ties is None else ties
         self.nodes: list[fx.Node] = list(self.program.graph.nodes)
 
     def attribute(self, node: object) -> str | None:
@@ -65,6 +66,11 @@ class ModelGraph:
         if isinstance(node, fx.Node) and node.op == "placeholder":
             return self.attributes.get(node.name)
         return None
+
+    def outputs(self) -> list[Any]:
+        """Return what the forward pass gives, flattened."""
+        (output,) = (node for node in self.nodes if node.op == "output")
+        return list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
 
     def calls(self, path: str) -> list[Call]:
         """Return each call of the module at ``path``, in execution order.
@@ -93,11 +99,12 @@ class ModelGraph:
         return Call(path, tuple(nodes), next(iter(inputs)), outputs[0])
 
 
-def _ties(model: nn.Module) -> dict[str, list[str]]:
-    """Return, for each parameter known under several names, its other names."""
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return, for each parameter that shares its memory with others, their names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        # Without memory (the meta device) there is only the object itself to go by.
+        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
     return {name: [n for n in group if n != name] for group in names.values() for name in group if len(group) > 1}
 
 
@@ -124,6 +131,13 @@ def argument(node: fx.Node, index: int) -> fx.Node | None:
     """Return the positional argument at ``index`` if it is there and a value of the graph, else None."""
     found = node.args[index] if len(node.args) > index else None
     return found if isinstance(found, fx.Node) else None
+
+
+def weight_and_bias(node: fx.Node) -> list[fx.Node]:
+    """Return the values that a linear or convolution node takes as weight and bias."""
+    named = node.kwargs.get("bias")
+    found = (argument(node, 1), argument(node, 2), named if isinstance(named, fx.Node) else None)
+    return [value for value in found if value is not None]
 
 
 def users(node: fx.Node | None) -> set[fx.Node]:

@@ -6,7 +6,7 @@ values that a later stretch still reads are kept, so each image goes through eac
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,8 +104,16 @@ class Observer:
 class _Chunk:
     original: _Lane
     converted: _Lane
-    values: tuple[Values, Values]
+    batch: torch.Tensor | None
+    values: tuple[Values, Values] = field(default_factory=lambda: ({}, {}))
     at: tuple[int, int] = (0, 0)
+
+    def start(self) -> None:
+        """Give each lane its own images: a model may write into its input."""
+        if self.batch is not None:
+            for lane, values in zip((self.original, self.converted), self.values, strict=True):
+                values[lane.inputs[0]] = self.batch.clone()
+            self.batch = None
 
 
 class Lockstep:
@@ -135,9 +143,7 @@ class Lockstep:
         for batch in batches:
             if batch.shape not in lanes:  # the shape is baked into a graph; a loader gives two at most
                 lanes[batch.shape] = (_Lane(original, batch, sites), _Lane(converted, batch, [*sites, *observers]))
-            pair = lanes[batch.shape]
-            values = tuple({lane.inputs[0]: batch} for lane in pair)
-            self.chunks.append(_Chunk(*pair, values))  # type: ignore[arg-type]
+            self.chunks.append(_Chunk(*lanes[batch.shape], batch))
             self.images += len(batch)
 
     def pairs(self, site: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -147,6 +153,7 @@ class Lockstep:
         is then.
         """
         for chunk in self.chunks:
+            chunk.start()
             ends = []
             for lane, start in zip((chunk.original, chunk.converted), chunk.at, strict=True):
                 ends.append(lane.stop(site, start))
@@ -162,5 +169,6 @@ class Lockstep:
     def finish(self) -> None:
         """Run the converted model to its end, so that every observer has seen every image."""
         for chunk in self.chunks:
+            chunk.start()
             chunk.converted.run(chunk.values[1], chunk.at[1], len(chunk.converted.steps), self.observers)
         self.chunks.clear()

@@ -99,15 +99,19 @@ def convert(
         raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
-    plan = plan or make_plan(model, keep)
-    clock = _Clock(plan=round(plan.seconds, 3), finetune=0.0)  # there is no fine-tuning yet
-    if not plan.swapped_sites:
-        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
     weight = next(model.parameters())
     items = list(images)
     batches = [batch.to(weight) for batch in rebatched(items)]
     if not batches:
         raise ArgumentError("no images to calibrate on")
+    channels, height, width = batches[0].shape[1:]
+    size = (channels, height, width)
+    plan = plan or make_plan(model, keep, input_size=size)
+    if tuple(plan.input_size) != size:  # padding, and with it a fold, may depend on the size
+        raise ArgumentError(f"the plan is for images of {list(plan.input_size)}, these are {list(size)}")
+    clock = _Clock(plan=round(plan.seconds, 3), finetune=0.0)  # there is no fine-tuning yet
+    if not plan.swapped_sites:
+        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
     count = sum(len(batch) for batch in batches)
 
     with eval_mode(model), torch.no_grad(), clock("forward_pass"):

@@ -12,14 +12,27 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
+from rich.table import Table
 from timm.layers import GatedMlp, GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from .errors import ArgumentError, ModelRefusedError, NoLayerNormError
-from .graph import Call, ModelGraph, example_batch, meta_copy, operation, owner, pretrained_cfg, resolve_input_size
+from .graph import (
+    Call,
+    ModelGraph,
+    example_batch,
+    meta_copy,
+    operation,
+    owner,
+    pretrained_cfg,
+    resolve_input_size,
+    tied_names,
+    users,
+    weight_and_bias,
+)
 from .norm import NormedConv2d, NormedLinear, TokenBatchNorm
 from .report import render, table
-from .trace import channel_ids, follow
+from .trace import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow
 from .verdict import KEEP, VERDICTS, Target, Verdict, judge
 
 FfnBn = Literal["pre-act", "post-act", "none"]
@@ -119,9 +132,16 @@ class Plan:
             "ffns": [asdict(ffn) for ffn in self.ffns],
         }
 
+    def table(self) -> Table:
+        """Return one row per LayerNorm, for a rich console."""
+        rows = []
+        for site in self.sites:
+            readers = ", ".join(t.name for t in site.targets if t.side == "input") or "-"
+            rows.append([site.path, site.kind, str(site.num_features), readers, site.verdict, site.reason])
+        return table(["site", "kind", "C", "readers", "verdict", "reason"], rows, right=["C"])
+
     def __str__(self) -> str:
-        rows = [[s.path, s.kind, str(s.num_features), s.verdict, s.reason] for s in self.sites]
-        text = render(table(["site", "kind", "C", "verdict", "reason"], rows, right=["C"]))
+        text = render(self.table())
         refused = [f"no FFN BatchNorm in {ffn.path} ({ffn.kind}): {ffn.reason}" for ffn in self.ffns if ffn.reason]
         return "\n".join([text, *refused, self.summary()])
 
@@ -142,7 +162,11 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     start = time.perf_counter()
     size = resolve_input_size(model, input_size)
     shadow = meta_copy(model).eval()
-    graph = ModelGraph(shadow, example_batch(shadow, size))
+    graph = ModelGraph(shadow, example_batch(shadow, size), tied_names(model))
+    if isinstance(model, nn.LayerNorm):
+        raise ModelRefusedError("the model is itself a LayerNorm; there is nothing around it to fold into")
+    if len(graph.outputs()) != 1:
+        raise ModelRefusedError(f"{model_name(model)}: gives {len(graph.outputs())} values, not one tensor to compare")
     sites = _layer_norms(graph)
     if not sites:
         raise NoLayerNormError(_nothing_to_swap(model))
@@ -185,7 +209,7 @@ def _layer_norms(graph: ModelGraph) -> tuple[Site, ...]:
             order[path] = _site(path, norms[path], channel_dim, verdict)
     for path, norm in norms.items():
         if path not in order:
-            order[path] = _site(path, norm, -1, Verdict(KEEP, "never runs in the forward pass"))
+            order[path] = _site(path, norm, -1, Verdict(KEEP, "never runs as a plain call in the forward pass"))
     return tuple(order.values())
 
 
@@ -204,10 +228,26 @@ def _judge(graph: ModelGraph, path: str) -> tuple[Verdict, int]:
         return Verdict(KEEP, str(error)), -1
     if len(calls) != 1:
         return Verdict(KEEP, f"runs {len(calls)} times in one forward pass, each with other statistics"), -1
+    if isinstance(norm, nn.LayerNorm):
+        extra = [operation(n) for n in calls[0].nodes if operation(n) not in _NORMALISING]
+        if extra:
+            return Verdict(KEEP, f"{type(norm).__name__} does more than normalise ({', '.join(extra[:3])})"), -1
+        if _read_elsewhere(graph, path, calls[0]):
+            return Verdict(KEEP, "its weight or bias is also read outside its own call"), -1
     channel_dim = norm.channel_dim if isinstance(norm, TokenBatchNorm) else _channel_dim(calls[0])
     if channel_dim is None:
         return Verdict(KEEP, "the place of its channels cannot be read from the graph"), -1
     return judge(graph, calls[0], channel_dim), channel_dim
+
+
+# What a LayerNorm's own call may consist of; a fused activation would be lost in the swap.
+_NORMALISING = REARRANGING | UNCHANGED | SHAPE_ONLY | {"layer_norm"}
+
+
+def _read_elsewhere(graph: ModelGraph, path: str, call: Call) -> bool:
+    own = {f"{path}.weight", f"{path}.bias"}
+    tensors = [node for node in graph.nodes if graph.attribute(node) in own]
+    return any(not users(tensor) <= set(call.nodes) for tensor in tensors)
 
 
 def _channel_dim(call: Call) -> int | None:
@@ -238,10 +278,15 @@ def _ffn(graph: ModelGraph, path: str, module: nn.Module, first: list[str]) -> F
     for name, layer in zip(layers, (getattr(module, n) for n in first), strict=True):
         if type(layer) not in (nn.Linear, nn.Conv2d, NormedLinear, NormedConv2d):
             return Ffn(path, kind, (), None, f"{name} is a {type(layer).__name__}, not a plain linear layer")
-        if len(graph.calls(name)) != 1:
-            return Ffn(path, kind, (), None, f"{name} does not run exactly once")
-        if graph.tied.get(f"{name}.weight"):
-            return Ffn(path, kind, (), None, f"{name} shares its weight with {graph.tied[f'{name}.weight'][0]}")
+        try:
+            calls = graph.calls(name)
+        except ModelRefusedError:  # it runs on constants, as in a table of relative positions
+            calls = []
+        if len(calls) != 1:
+            return Ffn(path, kind, (), None, f"{name} does not run exactly once on the image")
+        shared = [t for n in calls[0].nodes for t in weight_and_bias(n) if len(users(t)) > 1]
+        if shared or any(graph.tied.get(f"{name}.{n}") for n in ("weight", "bias")):
+            return Ffn(path, kind, (), None, f"{name} shares its weight or bias")
     # Only in these classes is the norm slot known to sit right before the last linear layer.
     has_slot = type(module) in (Mlp, GluMlp, SwiGLU, GatedMlp) and type(module.norm) is nn.Identity
     return Ffn(path, kind, layers, f"{prefix}norm" if has_slot else None)

@@ -19,7 +19,7 @@ from .atomic import new_folder
 from .card import model_card
 from .checkpoint import check_keys
 from .errors import ArgumentError, CheckFailedError, CheckpointError, OutputError
-from .graph import eval_mode, pretrained_cfg
+from .graph import eval_mode, find_module, pretrained_cfg
 from .norm import TokenAffine
 from .report import ConversionReport
 
@@ -56,8 +56,7 @@ def save_folder(
         CheckFailedError: the written folder does not give the same outputs.
     """
     out = Path(out)
-    if not pretrained_cfg(model):
-        raise ArgumentError(f"{type(model).__name__} does not come from timm, so config.json could not rebuild it")
+    check_saveable(model)
     extra, report.stock_timm = stock_arguments(model)
     report.out = str(out)
     with new_folder(out, overwrite, protect) as folder:
@@ -71,6 +70,17 @@ def save_folder(
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license")))
         _prove(out, model, loaded or load(folder), probe)
+
+
+def check_saveable(model: nn.Module) -> None:
+    """Raise `ArgumentError` if config.json could not say how to rebuild the model."""
+    if not pretrained_cfg(model):
+        raise ArgumentError(f"{type(model).__name__} does not come from timm, so config.json could not rebuild it")
+    for name, value in _arguments(model).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"config.json cannot hold the model's argument {name}={value!r}") from error
 
 
 def load(path: str | Path) -> nn.Module:
@@ -124,7 +134,7 @@ def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
     edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": []}
     for path, module in original.named_modules():
-        now = fused.get_submodule(path)
+        now = find_module(fused, path)  # None inside a norm that is gone
         if isinstance(module, nn.LayerNorm):
             if isinstance(now, TokenAffine):
                 edits["affine"][path] = {"num_features": now.num_features, "channel_dim": now.channel_dim}
@@ -158,16 +168,18 @@ def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
             return {}, f"{path} is still a LayerNorm"
         if isinstance(module, TokenAffine):
             return {}, f"{path} is a scale and shift that no neighbour could take"
-    reason = "it needs biases that timm has no argument for"
+    reason = None
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for extra in ({}, {"qkv_bias": True}):
         try:
             with torch.device("meta"):
                 arguments = {**_arguments(model), **extra, "norm_layer": nn.Identity}
                 built = timm.create_model(pretrained_cfg(model)["architecture"], pretrained=False, **arguments)
-        except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-            reason = f"timm: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        except Exception as error:  # an architecture that reads its norms' weights when it is made, say
+            text = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason or f"it cannot be built with norm_layer=torch.nn.Identity: {text}"
             continue
+        reason = reason or "its layers do not fit: a bias that timm has no argument for, or another norm"
         if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:
             return extra, None
     return {}, reason
@@ -213,9 +225,11 @@ def _load_with_timm(folder: Path) -> tuple[nn.Module | None, str | None]:
 
 
 def _prove(out: Path, model: nn.Module, loaded: nn.Module, probe: torch.Tensor) -> None:
-    weight = next(model.parameters())
-    with eval_mode(model), torch.no_grad():
-        images = probe.to(weight)
-        difference = (loaded.to(weight)(images) - model(images)).abs().max()
+    weight, dtype = next(model.parameters()), next(loaded.parameters()).dtype
+    # timm loads into float32 whatever the file holds, so that is what is compared.
+    expected = model if weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+    with eval_mode(expected), torch.no_grad():
+        images = probe.to(weight.device, dtype)
+        difference = (loaded.to(weight.device)(images) - expected(images)).abs().max()
     if difference != 0:  # NaN too
         raise CheckFailedError(f"{out}: read back, its outputs differ by {float(difference):.3g}: not saved")

@@ -40,9 +40,10 @@ def swap_norms(
             raise ArgumentError(f"the plan is of another model: {site.path} is no LayerNorm in {type(model).__name__}")
     if not inplace:
         model = copy.deepcopy(model)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     for site in plan.swapped_sites:
         norm = model.get_submodule(site.path)
-        model.set_submodule(site.path, _batch_norm(norm, site.num_features, site.channel_dim))  # type: ignore[arg-type]
+        model.set_submodule(site.path, _batch_norm(norm, site.num_features, site.channel_dim, weight))  # type: ignore
     for ffn in plan.ffns:
         for path in ffn.positions(ffn_bn):
             _insert(model, path, ffn.slot)
@@ -54,9 +55,10 @@ def batch_norms(model: nn.Module) -> dict[str, TokenBatchNorm]:
     return {path: module for path, module in model.named_modules() if isinstance(module, TokenBatchNorm)}
 
 
-def _batch_norm(norm: nn.LayerNorm, num_features: int, channel_dim: int) -> TokenBatchNorm:
+def _batch_norm(norm: nn.LayerNorm, num_features: int, channel_dim: int, like: torch.Tensor | None) -> TokenBatchNorm:
     kind = TokenBatchNorm if channel_dim == -1 else TokenBatchNorm2d
-    batch_norm = _new(kind, num_features, norm.eps, norm.weight, norm.training)
+    # A LayerNorm without affine part has no tensor of its own that would tell device and dtype.
+    batch_norm = _new(kind, num_features, norm.eps, like if norm.weight is None else norm.weight, norm.training)
     with torch.no_grad():
         for name in ("weight", "bias"):
             source, copied = getattr(norm, name), getattr(batch_norm, name)

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from .graph import Call, ModelGraph, argument, operation, owner, users
+from .graph import Call, ModelGraph, argument, operation, owner, users, weight_and_bias
 from .norm import TokenBatchNorm
-from .trace import AVERAGING, REARRANGING, UNCHANGED, Read, channel_ids, follow
+from .trace import AVERAGING, PADDING, REARRANGING, UNCHANGED, Read, channel_ids, follow
 
 FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP = "fold-forward", "fold-backward", "affine", "keep"
 VERDICTS = (FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP)
@@ -70,7 +70,9 @@ def judge(graph: ModelGraph, call: Call, channel_dim: int) -> Verdict:
     """Return the verdict for the norm that ran in ``call``, whose channels lie in ``channel_dim``."""
     try:
         targets = _forward(graph, call, channel_dim)
-        return Verdict(FOLD_FORWARD, "read by " + _names(targets), targets)
+        gains = [t.name for t in targets if t.creates_bias]
+        bias = f"; {', '.join(gains)} gets a bias" if gains else ""
+        return Verdict(FOLD_FORWARD, f"every reader is linear{bias}", targets)
     except _Blocked as forward:
         try:
             targets = _backward(graph, call, channel_dim)
@@ -93,8 +95,8 @@ def _forward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, .
         if operation(read.node) not in _LAYERS or argument(read.node, 0) is not read.source:
             raise _Blocked(_why_not(graph, read))
         path, layer = _layer(graph, read.node)
-        if not users(argument(read.node, 1)) <= readers:
-            raise _Blocked(f"{path} also runs on other values")
+        if any(not users(tensor) <= readers for tensor in weight_and_bias(read.node)):
+            raise _Blocked(f"{path} also runs on other values, or its weights are read elsewhere")
         if isinstance(layer, nn.Conv2d) and any(layer.padding if layer.padding != "valid" else ()):
             raise _Blocked(f"{path} pads its input, and a shift does not survive zero padding")
         target = Target(path, "input", _channels_seen(read, layer, path), True, layer.bias is None)
@@ -191,6 +193,8 @@ class _Sources:
             return inputs
         if name == "cat" and isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(inputs):
             return inputs
+        if name in PADDING:
+            raise _Blocked("padding comes before it, and nothing can scale or shift that")
         if name in REARRANGING | UNCHANGED | AVERAGING and len(inputs) == 1:
             return inputs
         source = "an input of the model" if node.op == "placeholder" else f"{name} in {owner(node) or 'the model'}"
@@ -218,11 +222,13 @@ def _produced(
         axis = -1
     else:
         name, layer = _layer(graph, leaf)
-        if len(users(argument(leaf, 1))) > 1:
-            raise _Blocked(f"{name} runs more than once")
+        if any(len(users(tensor)) > 1 for tensor in weight_and_bias(leaf)):
+            raise _Blocked(f"{name} runs more than once, or its weights are read elsewhere")
         axis = -1 if isinstance(layer, nn.Linear) else 1
         creates_bias = shift and layer.bias is None
 
+    if leaf.meta["val"].ndim == 0:
+        raise _Blocked(f"{name} is a single number for all channels")
     reads = list(follow(leaf, channel_ids(leaf, axis), joints, stop=frozenset(call.nodes)))
     inside = [r for r in reads if r.source is call.input and r.node in call.nodes]
     if not inside:

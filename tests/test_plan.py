@@ -159,7 +159,7 @@ def test_hard_cases(name):
     model, verdict, word = HARD[name]
     site = make_plan(model, input_size=(3, 4, 4)).sites[0]
     assert (site.path, site.verdict) == ("norm", verdict), site.reason
-    assert word in site.reason
+    assert word in site.reason or any(word in target.name for target in site.targets)
 
 
 def test_functional_and_idle_layer_norms_are_kept():
@@ -172,7 +172,7 @@ def test_functional_and_idle_layer_norms_are_kept():
     )
     assert (functional.verdict, used.path) == ("keep", "norm")
     assert "function" in functional.reason
-    assert (idle.path, idle.verdict, idle.reason) == ("idle", "keep", "never runs in the forward pass")
+    assert (idle.path, idle.verdict, idle.reason) == ("idle", "keep", "never runs as a plain call in the forward pass")
 
 
 def test_swin_pads_only_where_the_window_does_not_divide():

@@ -91,7 +91,7 @@ def test_other_architectures_round_trip(tmp_path):
 
 def test_arguments_that_json_cannot_hold_are_named(tmp_path):
     model = family("swiglu")
-    with pytest.raises(normswap.OutputError, match="mlp_layer"):
+    with pytest.raises(ArgumentError, match="mlp_layer"):
         convert(model, [images(model, 6)]).save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
