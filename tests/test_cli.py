@@ -134,9 +134,10 @@ def test_inspect_table_and_json_agree():
     shown = run(*arguments)
     assert shown.exit_code == 0
     header, *rows = [re.split(r" {2,}", line.strip()) for line in shown.stdout.splitlines() if line.strip()]
-    assert header == ["site", "kind", "C", "verdict", "reason"]
-    keys = ("path", "kind", "num_features", "verdict", "reason")
-    assert rows == [[str(site[key]) for key in keys] for site in record["sites"]]
+    assert header == ["site", "kind", "C", "readers", "verdict", "reason"]
+    keys = ("path", "kind", "num_features", "readers", "verdict", "reason")
+    record_rows = [{**site, "readers": ", ".join(site["readers"])} for site in record["sites"]]
+    assert rows == [[str(site[key]) for key in keys] for site in record_rows]
     assert "25 LayerNorms: 25 fold-forward" in shown.stderr
 
 
