@@ -152,10 +152,10 @@ def read_state_dict(path: Path, use_ema: bool = False) -> dict[str, torch.Tensor
         raise CheckpointError(f"{path}: {_explain(error)}") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
         raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}: {_line(error)})") from error
-    if use_ema and not _has_ema(path):
-        raise CheckpointError(f"{path}: --use-ema, but it holds no EMA weights (state_dict_ema or model_ema)")
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
         raise CheckpointError(f"{path}: holds no state dict of tensors")
+    if use_ema and not _has_ema(path):
+        raise CheckpointError(f"{path}: --use-ema, but it holds no EMA weights (state_dict_ema or model_ema)")
     return state
 
 

@@ -135,16 +135,13 @@ class Lockstep:
         batches: Iterable[torch.Tensor],
         observers: "dict[str, Observer]",
     ) -> None:
-        self.sites = sites
         self.observers = observers
         lanes: dict[torch.Size, tuple[_Lane, _Lane]] = {}
         self.chunks: list[_Chunk] = []
-        self.images = 0
         for batch in batches:
             if batch.shape not in lanes:  # the shape is baked into a graph; a loader gives two at most
                 lanes[batch.shape] = (_Lane(original, batch, sites), _Lane(converted, batch, [*sites, *observers]))
             self.chunks.append(_Chunk(*lanes[batch.shape], batch))
-            self.images += len(batch)
 
     def pairs(self, site: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Advance every chunk to ``site`` and yield the converted model's input and the original's output there.

@@ -89,9 +89,6 @@ class ConversionReport:
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
-    def stage(self, name: str) -> StageMetrics | None:
-        return next((stage for stage in self.stages if stage.name == name), None)
-
     @property
     def top1_drop(self) -> float | None:
         """Top-1 of the original minus top-1 of the last stage, in points; None without labels."""

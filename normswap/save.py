@@ -18,7 +18,7 @@ from torch import nn
 from .atomic import new_folder
 from .card import model_card
 from .checkpoint import check_keys
-from .errors import ArgumentError, CheckFailedError, CheckpointError, OutputError
+from .errors import ArgumentError, CheckFailedError, CheckpointError
 from .graph import eval_mode, find_module, pretrained_cfg
 from .norm import TokenAffine
 from .report import ConversionReport
@@ -200,9 +200,7 @@ def _write_weights(path: Path, model: nn.Module) -> None:
     try:
         save_file(state, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OutputError(
-            f"{path.parent}: weights cannot be written: {error}; what stood there still stands"
-        ) from error
+        raise OSError(f"weights: {error}") from error  # new_folder says where, and what still stands
 
 
 def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
@@ -213,7 +211,7 @@ def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_conf
     try:
         save_config_for_hf(shadow, str(path), model_config=labels, data_config=data_config)
     except ValueError as error:
-        raise OutputError(f"{path.parent}: {error}") from error
+        raise OSError(f"{path.name}: {error}") from error
 
 
 def _load_with_timm(folder: Path) -> tuple[nn.Module | None, str | None]:
