@@ -8,6 +8,8 @@ samples are split into batches, up to float64 rounding.
 
 import torch
 
+from .distributed import all_sum
+
 
 class Moments:
     """Running mean and variance of the channels of `[M, C]` samples.
@@ -23,18 +25,36 @@ class Moments:
         self._sum_sq = self.mean
 
     def update(self, samples: torch.Tensor) -> torch.Tensor:
-        """Add samples `[M, C]` of any dtype; return them centred on the mean of this batch, `[M, C]` float64."""
-        x = _float64(samples)
+        """Add samples `[M, C]` of any dtype; return them centred on the mean of this batch, `[M, C]`.
+
+        Differences from the mean are taken in the samples' dtype (float32 at least), sums of them in float64.
+        """
+        x = _wide(samples)
         if self.count == 0:
-            self.mean = x.new_zeros(x.shape[1])
+            self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
             self._sum_sq = self.mean.clone()
-        mean = x.mean(0)
-        centred = x - mean
+        mean = x.mean(0, dtype=torch.float64)
+        centred = x - mean.to(x.dtype)
+        if x.dtype != torch.float64:
+            # The mean was rounded to x's dtype. x minus it is exact where it matters, so this takes the rest out.
+            rest = centred.mean(0, dtype=torch.float64)
+            centred -= rest.to(x.dtype)
         delta, total = mean - self.mean, self.count + len(x)
-        self._sum_sq = self._sum_sq + centred.square().sum(0) + delta.square() * (self.count * len(x) / total)
+        spread = centred.square().sum(0, dtype=torch.float64)
+        self._sum_sq = self._sum_sq + spread + delta.square() * (self.count * len(x) / total)
         self.mean = self.mean + delta * (len(x) / total)
         self.count = total
         return centred
+
+    def reduce(self) -> None:
+        """Merge with all other processes."""
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.mean.device)
+        mean = self.mean * count
+        all_sum(count, mean)
+        mean = mean / count.clamp(min=1)
+        self._sum_sq = self._sum_sq + self.count * (self.mean - mean).square()
+        all_sum(self._sum_sq)
+        self.mean, self.count = mean, int(count)
 
     @property
     def var(self) -> torch.Tensor:
@@ -65,13 +85,22 @@ class JointMoments:
         centred_x = self.x.update(x)
         for i, (moments, target) in enumerate(zip(self.y, targets, strict=True)):
             mean_y = moments.mean
-            product = (centred_x * moments.update(target)).sum(0)
+            product = (centred_x * moments.update(target)).sum(0, dtype=torch.float64)
             if count:
                 # How far the merged mean moved is (distance of the batch mean) * M / total, so this is Chan's
                 # distance_x * distance_y * count * M / total.
                 moved_x, moved_y = self.x.mean - mean_x, moments.mean - mean_y
                 product = product + self._sum_xy[i] + moved_x * moved_y * (count * self.x.count / len(x))
             self._sum_xy[i] = product
+
+    def reduce(self) -> None:
+        """Merge with all other processes."""
+        here = [(self.x.count, self.x.mean, y.mean) for y in self.y]
+        for moments in (self.x, *self.y):
+            moments.reduce()
+        for i, (count, mean_x, mean_y) in enumerate(here):
+            self._sum_xy[i] = self._sum_xy[i] + count * (mean_x - self.x.mean) * (mean_y - self.y[i].mean)
+        all_sum(*self._sum_xy)
 
     @property
     def cov(self) -> tuple[torch.Tensor, ...]:
@@ -84,6 +113,6 @@ class JointMoments:
         return self.x.finite and all(y.finite for y in self.y) and sums_finite
 
 
-def _float64(samples: torch.Tensor) -> torch.Tensor:
-    # Apple's GPUs have no float64.
-    return (samples.cpu() if samples.device.type == "mps" else samples).double()
+def _wide(samples: torch.Tensor) -> torch.Tensor:
+    samples = samples.cpu() if samples.device.type == "mps" else samples  # Apple's GPUs have no float64
+    return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples

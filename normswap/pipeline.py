@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibrate import METHODS, Progress, calibrate, no_progress, rebatched
+from .calibrate import BATCH_SIZE, Progress, calibrate, check_method, no_progress, rebatched
 from .checkpoint import load_model
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
@@ -20,11 +20,11 @@ from .evaluate import evaluate_models
 from .fold import created_biases, fold_norms, max_difference
 from .graph import eval_mode
 from .plan import FfnBn, Plan, make_plan
-from .report import ConversionReport, SiteFit
+from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swap import swap_norms
 
-DEFAULT_METHOD = "channel"
+DEFAULT_METHOD = "reconstruct"
 DEFAULT_ATOL = 1e-3
 
 
@@ -65,6 +65,8 @@ def convert(
     eval_images: Iterable[Any] | None = None,
     keep: Iterable[str] = (),
     plan: Plan | None = None,
+    reconstruct: str = "all",
+    memory_budget: int | None = None,
     atol: float = DEFAULT_ATOL,
     max_drop: float | None = None,
     amp_dtype: torch.dtype | None = None,
@@ -95,13 +97,12 @@ def convert(
         CheckFailedError: fused and unfused differ by more than ``atol``, or top-1 fell by more than ``max_drop``;
             its ``report`` holds what was measured.
     """
-    if method not in METHODS:
-        raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    check_method(method, reconstruct)
     if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
     weight = next(model.parameters())
     items = list(images)
-    batches = [batch.to(weight) for batch in rebatched(items)]
+    batches = [batch.to(weight) for batch in rebatched(items, BATCH_SIZE)]
     if not batches:
         raise ArgumentError("no images to calibrate on")
     channels, height, width = batches[0].shape[1:]
@@ -122,7 +123,7 @@ def convert(
     swapped = swap_norms(original, plan, ffn_bn)
     calibrated = copy.deepcopy(swapped)
     with clock("calibrate"):
-        fits: list[SiteFit] = calibrate(calibrated, batches, original, method, progress)
+        fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, progress)
     with clock("fold"):
         fused = fold_norms(calibrated, input_size=plan.input_size)
         difference = max_difference(calibrated, fused, batches)
@@ -138,7 +139,9 @@ def convert(
         ffns=plan.to_json(ffn_bn)["ffns"],
         calibration_data=_describe(images, count),
         evaluation_data=_describe(images if eval_images is None else eval_images, count),
-        fits=fits,
+        fits=fitted.sites,
+        layers=fitted.layers,
+        stream=fitted.stream,
         fold_max_abs_err=difference,
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,

@@ -65,6 +65,68 @@ class SiteFit:
     r2_original: float
 
 
+@dataclass(frozen=True)
+class LayerFit:
+    """How well one re-solved linear layer gives the original's activations.
+
+    Attributes:
+        layer: module path.
+        role: "reader" of a norm, or "writer" to the residual stream.
+        samples: how many rows (tokens, patches) were seen.
+        r2_before: share of the wanted output's variance explained with the weights it had.
+        r2: the same with the weights it has now; both on all images.
+        penalty: relative ridge penalty, chosen on images held out; None if the layer keeps its weights.
+        refined: what gradient steps left of the held-out error at the end of the branch; 1 where they were not
+            needed or did not help.
+        reason: why it keeps its weights; empty otherwise.
+    """
+
+    layer: str
+    role: str
+    samples: int
+    r2_before: float | None = None
+    r2: float | None = None
+    penalty: float | None = None
+    refined: float = 1.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StreamError:
+    """How far the residual stream is from the original's where a layer has written to it.
+
+    Each number is the mean over tokens of |converted - original| / |original - its mean over channels|. Measured on
+    the first batches only.
+
+    Attributes:
+        after: the layer that wrote.
+        patch_before, prefix_before: with the weights the layer had, for patch and for prefix tokens (class and
+            register tokens); None where a model has none.
+        patch, prefix: with the weights it has now.
+    """
+
+    after: str
+    patch_before: float
+    patch: float
+    prefix_before: float | None = None
+    prefix: float | None = None
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` found out.
+
+    Attributes:
+        sites: one entry per norm, in execution order.
+        layers: one entry per layer around the norms that could be re-solved; empty for methods that do not.
+        stream: the residual stream's error after each writer.
+    """
+
+    sites: list[SiteFit] = field(default_factory=list)
+    layers: list[LayerFit] = field(default_factory=list)
+    stream: list[StreamError] = field(default_factory=list)
+
+
 @dataclass
 class ConversionReport:
     """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps."""
@@ -81,6 +143,8 @@ class ConversionReport:
     evaluation_data: str
     out: str | None = None
     fits: list[SiteFit] = field(default_factory=list)
+    layers: list[LayerFit] = field(default_factory=list)
+    stream: list[StreamError] = field(default_factory=list)
     stages: list[StageMetrics] = field(default_factory=list)
     fold_max_abs_err: float | None = None
     created_biases: list[str] = field(default_factory=list)

@@ -78,14 +78,14 @@ def follow(
         for node in source.users:
             if operation(node) in SHAPE_ONLY:
                 continue
-            moved = None if node in stop else _moved(node, source, value, node in through)
-            if moved is not None:
-                pending.append((node, moved))
+            after = None if node in stop else moved(node, source, value, node in through)
+            if after is not None:
+                pending.append((node, after))
             else:
                 yield Read(node, source, value)
 
 
-def _moved(node: fx.Node, source: fx.Node, ids: Any, through: bool) -> Any:
+def moved(node: fx.Node, source: fx.Node, ids: Any, through: bool) -> Any:
     """Return the ids after ``node`` (a tuple after a split), or None if the node does more than move them."""
     name = operation(node)
     if node.op != "call_function" or (node.all_input_nodes != [source] and not through):

@@ -1,0 +1,107 @@
+"""Set one BatchNorm from what the converted model feeds it and what the original gives there.
+
+A method is an `Estimator`: at one site it sees, for every token, the converted model's input x and the original
+model's output y, has the original LayerNorm at hand, and then sets the BatchNorm.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from .errors import CalibrationError
+from .moments import JointMoments
+from .norm import TokenBatchNorm
+from .report import SiteFit
+
+
+class Estimator(ABC):
+    """What one method knows about one site.
+
+    Args:
+        norm: the BatchNorm to set.
+        original: the LayerNorm it stands for.
+    """
+
+    def __init__(self, norm: TokenBatchNorm, original: nn.LayerNorm) -> None:
+        self.norm = norm
+        self.original = original
+        self.moments = JointMoments(targets=2)
+
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add tokens `[M, C]`: the converted model's input and what the original gives at this site."""
+        self.moments.update(x, self._layer_norm(x), y)
+
+    @abstractmethod
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scale and the shift `[C]`, float64, that the BatchNorm shall have in eval mode."""
+
+    def solve(self, site: str) -> SiteFit:
+        """Set the BatchNorm and say how well it fits."""
+        self.moments.reduce()
+        if not self.moments.finite:
+            raise CalibrationError(
+                f"{site}: statistics are not finite: an image or a weight gives NaN or infinity there"
+            )
+        scale, shift = self.affine()
+        self.norm.set_statistics(self.moments.x.mean, self.moments.x.var)
+        self.norm.set_affine(scale, shift)
+        scale, shift = (v.to(scale) for v in self.norm.affine64())
+        r2, r2_original = (self._r2(target, scale, shift) for target in (0, 1))
+        return SiteFit(site, self.moments.x.count, r2, r2_original)
+
+    def _r2(self, target: int, scale: torch.Tensor, shift: torch.Tensor) -> float:
+        """Return the share of a target's variance that ``scale * x + shift`` explains."""
+        x, y, cov = self.moments.x, self.moments.y[target], self.moments.cov[target]
+        # E[(y - s x - h)^2] per channel, from the centred moments
+        spread = y.var - 2 * scale * cov + scale.square() * x.var
+        residual = spread + (y.mean - scale * x.mean - shift).square()
+        total = y.var.sum()
+        return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
+
+    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        weight, bias = (None if p is None else p.detach().to(x) for p in (self.original.weight, self.original.bias))
+        return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, self.original.eps)
+
+
+class MomentsEstimator(Estimator):
+    """Mean and variance of the input, with LayerNorm's own weight and bias: what the literature's scripts do.
+
+    Kept as the baseline that shows why it fails: the weight was learnt for tokens that each have variance 1.
+    """
+
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, var = self.moments.x.mean, self.moments.x.var
+        weight, bias = (None if p is None else p.detach().to(mean) for p in (self.original.weight, self.original.bias))
+        scale = (var + self.norm.eps).rsqrt()
+        scale = scale if weight is None else weight * scale
+        shift = -mean * scale
+        return scale, shift if bias is None else shift + bias
+
+
+class ChannelEstimator(Estimator):
+    """Per-channel least squares: scale = cov(x, t) / var(x), shift = mean(t) - scale * mean(x).
+
+    The target t lies halfway between two that each fail alone (examples/compare_methods.py measures the result).
+    What the original model has here, y: sites before have left noise in x, and regressing on y shrinks every scale
+    by it, so the signal dies out with depth. What the LayerNorm gives on x: keeps the signal, but lets the drift of
+    the sites before grow, until single images blow up.
+    """
+
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        x, (local, original) = self.moments.x, self.moments.y
+        cov = sum(self.moments.cov) / 2
+        mean = (local.mean + original.mean) / 2
+        # A channel that varies by less than float32 can tell from its mean is constant: it carries no slope.
+        constant = x.var.sqrt() <= torch.finfo(torch.float32).eps * x.mean.abs()
+        scale = torch.where(constant, 0.0, cov / x.var)
+        return scale, mean - scale * x.mean
+
+
+# "reconstruct" sets the norm as "channel" does and then re-solves the layers around it.
+METHODS: dict[str, type[Estimator]] = {
+    "reconstruct": ChannelEstimator,
+    "channel": ChannelEstimator,
+    "moments": MomentsEstimator,
+}

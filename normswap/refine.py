@@ -1,0 +1,165 @@
+"""Tune the layers that read a norm by what comes out of their branch, where the branch mixes tokens.
+
+Least squares makes q, k and v each as close as can be, but what counts is what attention makes of them: errors of q
+and k meet in a product and in a softmax. So the solved layers are taken as a start, and a few dozen gradient steps
+lower the error of the branch's end (the output of the layer that writes to the residual stream, with the original's
+weights). The steps run in the whitened coordinates of the layer's input, where every direction of the data has
+variance one (the idea of K-FAC, Martens & Grosse 2015, section 3; here one factor, known exactly), which is why a few
+dozen are enough. Images held out decide whether the result is taken.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .distributed import all_sum, gathered, world
+from .gram import Gram
+from .graph import operation
+from .lockstep import Lane, Stop, Values
+from .route import descendants, image_dependent
+
+STEPS = 40  # at most; each on one batch
+LEARNING_RATE = 0.02  # of Adam, times the root mean square of the whitened weights
+TESTED_ON = 3  # batches at most, before and after
+DAMPING = 0.01  # of the whitening, relative to the mean variance
+_MIXING = frozenset("scaled_dot_product_attention matmul bmm baddbmm softmax _softmax einsum".split())
+
+
+class Branch:
+    """The original's way from the outputs of some layers to the output of the layer that ends their branch."""
+
+    def __init__(self, lane: Lane, readers: Sequence[Stop], end: Stop) -> None:
+        self.lane, self.end = lane, lane.node(end)
+        self.starts = [lane.node(stop) for stop in readers]
+        inner = descendants(self.starts)
+        needed: set[fx.Node] = set()
+        pending = [self.end]
+        while pending:
+            node = pending.pop()
+            if node not in needed and node not in self.starts:
+                needed.add(node)
+                pending.extend(n for n in node.all_input_nodes if n.op != "placeholder")
+        dependent = image_dependent(lane)
+        self.usable = (
+            self.end in inner
+            and not any(n in dependent and n not in inner for n in needed)
+            and all(node in lane.index and lane.steps[lane.index[node]].call is None for node in needed)
+        )
+        self.nodes = [step.node for step in lane.steps if step.node in needed]
+        self.mixes_tokens = any(operation(node) in _MIXING for node in self.nodes)
+
+    def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        values: Values = dict(zip(self.starts, outputs, strict=True))
+        for node in self.nodes:
+            values[node] = self.lane.execute(node, values)
+        return values[self.end]
+
+
+class Problem:
+    """What `refine` works on: layers with a common input and how far the end of their branch is off.
+
+    Args:
+        layers: linear layers; their weights are changed if that helps.
+        gram: second moments of their input.
+        load: gives, for the number of a batch on this process, the layers' input, the branch, and the wanted end.
+        batches: how many batches this process has.
+        held_out: whether a batch, by its number over all processes, is held out.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Linear],
+        gram: Gram,
+        load: Callable[[int], tuple[torch.Tensor, Branch, torch.Tensor]],
+        batches: int,
+        held_out: Callable[[int], bool],
+    ) -> None:
+        self.layers, self.load = list(layers), load
+        rank, _ = world()
+        everyone = [(i, r) for r, count in enumerate(gathered(batches)) for i in range(count)]
+        everyone.sort()  # the order in which one process alone would have them
+        mine = [(n, i if r == rank else None) for n, (i, r) in enumerate(everyone)]
+        self.train = [place for place in mine if not held_out(place[0])]
+        self.test = [place for place in mine if held_out(place[0])][:TESTED_ON]
+        # Without a bias there is nothing to take the mean's share, so the mean stays in the input.
+        mean, _ = centre = gram.means()
+        self.mean = mean if all(layer.bias is not None for layer in self.layers) else torch.zeros_like(mean)
+        covariance = gram.about(self.mean, centre[1]).xx
+        damped = covariance + torch.eye(len(covariance), dtype=torch.float64, device=covariance.device) * (
+            DAMPING * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+        )
+        self.whiten = torch.linalg.inv(torch.linalg.cholesky(damped))
+        self.colour = torch.linalg.inv(self.whiten)
+
+    def _loss(self, index: int, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
+        x, branch, wanted = self.load(index)
+        dtype = weights[0].dtype
+        x = (x.to(dtype) - self.mean.to(dtype)) @ self.whiten.T.to(dtype)
+        outputs = [nn.functional.linear(x, w, b).to(wanted.dtype) for w, b in zip(weights, biases, strict=True)]
+        return (branch(outputs) - wanted).to(dtype).square().mean()
+
+    def _test(self, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.mean.device)
+        for _, index in self.test:
+            if index is not None:
+                total += self._loss(index, weights, biases).double()
+        all_sum(total)
+        return float(total)
+
+    def refine(self, steps: int = STEPS) -> float:
+        """Tune the layers and return what is left of the held-out error, 1 where nothing was gained or tried."""
+        if len(self.train) < 2 or not self.test:
+            return 1.0
+        dtype = torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
+        weights = [(layer.weight.detach().double() @ self.colour).to(dtype) for layer in self.layers]
+        biases = [self._offset(layer).to(dtype) for layer in self.layers]
+        before = self._test(weights, biases)
+        parameters = [t.clone().requires_grad_() for t in (*weights, *biases)]
+        groups = []
+        for i, weight in enumerate(weights):
+            rate = LEARNING_RATE * float(weight.square().mean().sqrt())
+            groups.append({"params": [parameters[i], parameters[i + len(weights)]], "lr": rate})
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)  # the loss has no scale of its own
+        rates = [group["lr"] for group in optimizer.param_groups]
+        order: list[Any] = []
+        generator = torch.Generator().manual_seed(0)
+        for step in range(steps):
+            if not order:
+                order = torch.randperm(len(self.train), generator=generator).tolist()
+            _, index = self.train[order.pop()]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (step + 1) / 5) * (1 - step / steps)
+            self._gradients(index, parameters, len(weights))
+            optimizer.step()
+        found = [p.detach() for p in parameters]
+        after = self._test(found[: len(weights)], found[len(weights) :])
+        if not after < before:
+            return 1.0
+        for layer, weight, bias in zip(self.layers, found, found[len(weights) :], strict=False):
+            plain = weight.double() @ self.whiten
+            layer.weight.copy_(plain)
+            if layer.bias is not None:
+                layer.bias.copy_(bias.double() - plain @ self.mean)
+        return after / before
+
+    def _offset(self, layer: nn.Linear) -> torch.Tensor:
+        bias = 0.0 if layer.bias is None else layer.bias.detach().double()
+        return bias + layer.weight.detach().double() @ self.mean
+
+    def _gradients(self, index: int | None, parameters: list[torch.Tensor], count: int) -> None:
+        """Set the gradients of one batch, from the process that has it, on every process."""
+        if index is None:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        else:
+            with torch.enable_grad():
+                loss = self._loss(index, parameters[:count], parameters[count:])
+                grads = torch.autograd.grad(loss, parameters)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+        for i, layer in enumerate(self.layers):
+            if layer.bias is None:
+                parameters[count + i].grad = torch.zeros_like(parameters[count + i])
+        all_sum(*(parameter.grad for parameter in parameters if parameter.grad is not None))
