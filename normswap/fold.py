@@ -77,12 +77,12 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     example = example_batch(shadow, resolve_input_size(model, input_size))
     graph = ModelGraph(shadow, example, tied_names(model))
     verdicts = judge_norms(graph, list(norms))
-    ledger = _Ledger(model)
-    for path, norm in norms.items():
-        ledger.post(path, norm, verdicts[path])
+    ledger = _Ledger(model, norms)
+    for path, verdict in verdicts.items():  # in the order they run: a norm may take on what comes before it
+        ledger.post(path, verdict)
     ledger.commit()
     for path, norm in norms.items():
-        model.set_submodule(path, _remainder(norm, verdicts[path]))
+        model.set_submodule(path, _remainder(norm, verdicts[path], *ledger.affines[path]))
     for path, module in list(model.named_modules()):
         if isinstance(module, NormedLinear | NormedConv2d) and isinstance(module.norm, nn.Identity):
             model.set_submodule(path, detach_norm(module))
@@ -96,10 +96,9 @@ def created_biases(before: nn.Module, after: nn.Module) -> list[str]:
     return [name for name in fresh if not isinstance(after.get_submodule(name.rpartition(".")[0]), TokenAffine)]
 
 
-def _remainder(norm: TokenBatchNorm, verdict: Verdict) -> nn.Module:
+def _remainder(norm: TokenBatchNorm, verdict: Verdict, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
     if verdict.targets:
         return nn.Identity().train(norm.training)
-    scale, shift = norm.affine64()
     affine = TokenAffine(norm.num_features, norm.channel_dim, norm.weight.device, norm.weight.dtype)
     affine.weight.copy_(scale)
     affine.bias.copy_(shift)
@@ -110,16 +109,17 @@ def _remainder(norm: TokenBatchNorm, verdict: Verdict) -> nn.Module:
 class _Ledger:
     """Float64 copies of every tensor a fold touches; they are assigned together, or not at all."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.model = model
+        self.affines = {path: norm.affine64() for path, norm in norms.items()}
         self.tensors: dict[str, torch.Tensor] = {}
         self.fresh: set[str] = set()
 
-    def post(self, path: str, norm: TokenBatchNorm, verdict: Verdict) -> None:
-        """Fold one BatchNorm into the copies."""
+    def post(self, path: str, verdict: Verdict) -> None:
+        """Fold one BatchNorm into the copies, or into the BatchNorm that reads it."""
         if verdict.verdict == KEEP:
             raise FoldError(f"{path}: {verdict.reason}; it cannot be folded")
-        scale, shift = norm.affine64()
+        scale, shift = self.affines[path]
         if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
             raise FoldError(f"{path}: its scale or shift is not finite; calibrate first")
         for target in verdict.targets:
@@ -130,29 +130,35 @@ class _Ledger:
         taken = channels >= 0
         s = torch.where(taken, scale[channels], 1.0)
         h = torch.where(taken & target.shift, shift[channels], 0.0)
+        if target.side == "norm":
+            outer, offset = self.affines[target.name]
+            self.affines[target.name] = outer * s, outer * h + offset
+            return
         if target.side == "value":
             self.tensors[target.name] = self._copy(target.name) * s + h
             return
-        layer = self.model.get_submodule(target.name)
-        weight, bias = self._copy(f"{target.name}.weight"), self._copy(f"{target.name}.bias", optional=True)
+        weight = self._copy(target.weight)
+        # Rows whose shift cancels have no bias to speak of.
+        parts = [self._copy(b.name, b.features) if b.name else scale.new_zeros(b.features) for b in target.biases]
+        bias = torch.cat(parts) if parts else scale.new_zeros(len(weight))
         if target.side == "input":
-            weight, new_bias = fold_input(weight, bias, s, h, getattr(layer, "groups", 1))
+            weight, bias = fold_input(weight, bias, s, h, target.groups)
         else:
-            weight, new_bias = fold_output(weight, bias, s, h)
-        self.tensors[f"{target.name}.weight"] = weight
-        if layer.bias is not None or target.shift:
-            self.tensors[f"{target.name}.bias"] = new_bias
+            weight, bias = fold_output(weight, bias, s, h)
+        self.tensors[target.weight] = weight
+        if target.creates_bias:
+            self.fresh.update(b.name for b in target.biases)
+        for b, rows in zip(target.biases, bias.split([b.features for b in target.biases]), strict=True):
+            # One that another fold makes is scaled here as well.
+            if b.name and (b.name in self.fresh or _attribute(self.model, b.name) is not None):
+                self.tensors[b.name] = rows
 
-    def _copy(self, name: str, optional: bool = False) -> torch.Tensor:
+    def _copy(self, name: str, features: int = 0) -> torch.Tensor:
         if name in self.tensors:
             return self.tensors[name]
-        path, _, attribute = name.rpartition(".")
-        owner = self.model.get_submodule(path)
-        tensor = getattr(owner, attribute)
-        if tensor is None and optional:
-            self.fresh.add(name)
-            weight = owner.weight
-            return torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)  # type: ignore
+        tensor = _attribute(self.model, name)
+        if tensor is None:  # a bias that is to be made
+            return torch.zeros(features, dtype=torch.float64, device=next(iter(self.affines.values()))[0].device)
         return tensor.detach().double()
 
     def commit(self) -> None:
@@ -170,6 +176,13 @@ class _Ledger:
                 owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=like.requires_grad))
             else:
                 getattr(owner, attribute).copy_(tensor)
+                # A buffer outside the state dict would be lost in the file.
+                owner._non_persistent_buffers_set.discard(attribute)
+
+
+def _attribute(model: nn.Module, name: str) -> torch.Tensor | None:
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute)
 
 
 def max_difference(a: nn.Module, b: nn.Module, batches: Iterable[torch.Tensor]) -> float:

@@ -211,7 +211,7 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     # Export talks about its own internals; what concerns the user becomes a ModelRefusedError.
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
+    logging.disable(max(before, logging.ERROR))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -6,8 +6,8 @@ names stay timm's.
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -33,7 +33,8 @@ from .graph import (
 from .norm import NormedConv2d, NormedLinear, TokenBatchNorm
 from .report import render, table
 from .trace import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow
-from .verdict import KEEP, VERDICTS, Target, Verdict, judge
+from .verdict import KEEP, VERDICTS, NormCall, Target, Verdict, judge
+from .weights import Blocked
 
 FfnBn = Literal["pre-act", "post-act", "none"]
 
@@ -60,12 +61,17 @@ class Site:
     reason: str
     targets: tuple[Target, ...] = ()
 
+    @property
+    def readers(self) -> list[str]:
+        """The layers that take a fold-forward, or the norms that take it on."""
+        return [t.name for t in self.targets if t.side in ("input", "norm")]
+
     def row(self) -> dict[str, Any]:
         """Return the row that ``inspect --json`` prints."""
         row = asdict(self)
         del row["targets"]
-        row["readers"] = [t.name for t in self.targets if t.side == "input"]
-        row["producers"] = [t.name for t in self.targets if t.side != "input"]
+        row["readers"] = self.readers
+        row["producers"] = [t.name for t in self.targets if t.side in ("output", "value")]
         row["creates_bias"] = [t.name for t in self.targets if t.creates_bias]
         return row
 
@@ -136,7 +142,7 @@ class Plan:
         """Return one row per LayerNorm, for a rich console."""
         rows = []
         for site in self.sites:
-            readers = ", ".join(t.name for t in site.targets if t.side == "input") or "-"
+            readers = ", ".join(site.readers) or "-"
             rows.append([site.path, site.kind, str(site.num_features), readers, site.verdict, site.reason])
         return table(["site", "kind", "C", "readers", "verdict", "reason"], rows, right=["C"])
 
@@ -167,25 +173,27 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
         raise ModelRefusedError("the model is itself a LayerNorm; there is nothing around it to fold into")
     if len(graph.outputs()) != 1:
         raise ModelRefusedError(f"{model_name(model)}: gives {len(graph.outputs())} values, not one tensor to compare")
-    sites = _layer_norms(graph)
-    if not sites:
+    paths = _layer_norms(graph)
+    if not paths:
         raise NoLayerNormError(_nothing_to_swap(model))
     patterns = tuple(keep)
     for pattern in patterns:
-        if not any(fnmatchcase(site.path, pattern) for site in sites):
-            raise ArgumentError(f"--keep {pattern!r} fits none of the {len(sites)} LayerNorms, as {sites[0].path}")
-    kept = tuple(
-        replace(site, verdict=KEEP, reason="excluded by --keep", targets=())
-        if any(fnmatchcase(site.path, pattern) for pattern in patterns)
-        else site
-        for site in sites
-    )
-    return Plan(model_name(model), size, kept, _ffns(graph), time.perf_counter() - start)
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            raise ArgumentError(f"--keep {pattern!r} fits none of the {len(paths)} LayerNorms, as {paths[0]}")
+    excluded = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
+    sites = tuple(_sites(graph, paths, excluded))
+    return Plan(model_name(model), size, sites, _ffns(graph), time.perf_counter() - start)
 
 
 def judge_norms(graph: ModelGraph, paths: Sequence[str]) -> dict[str, Verdict]:
-    """Return the verdict for each BatchNorm of a swapped model."""
-    return {path: _judge(graph, path)[0] for path in paths}
+    """Return the verdict for each BatchNorm of a swapped model, in the order in which they run."""
+    calls, refused = _norm_calls(graph, paths)
+    others = {node: norm for norm in calls.values() for node in norm.call.nodes}
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    found = {path: Verdict(KEEP, reason) for path, reason in refused.items()}
+    for path, norm in sorted(calls.items(), key=lambda item: index[item[1].call.output]):
+        found[path] = judge(graph, norm, others)
+    return found
 
 
 def model_name(model: nn.Module) -> str:
@@ -193,51 +201,66 @@ def model_name(model: nn.Module) -> str:
     return pretrained_cfg(model).get("architecture") or type(model).__name__
 
 
-def _layer_norms(graph: ModelGraph) -> tuple[Site, ...]:
-    norms = {path: m for path, m in graph.model.named_modules() if isinstance(m, nn.LayerNorm)}
-    order: dict[str, Site] = {}
-    for node in graph.nodes:
-        if operation(node) != "layer_norm":
-            continue
-        path = owner(node)
+def _layer_norms(graph: ModelGraph) -> list[str]:
+    """Return where a LayerNorm runs, in that order, and the modules that never do; "(model)" for the model itself."""
+    ran = [owner(node) or "(model)" for node in graph.nodes if operation(node) == "layer_norm"]
+    held = [path for path, module in graph.model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return list(dict.fromkeys([*ran, *held]))
+
+
+def _sites(graph: ModelGraph, paths: list[str], excluded: list[str]) -> Iterator[Site]:
+    modules = dict(graph.model.named_modules())
+    norms = [path for path in paths if isinstance(modules.get(path), nn.LayerNorm)]
+    calls, refused = _norm_calls(graph, norms)
+    # A kept LayerNorm is no affine map, so nothing folds through it.
+    others = {node: norm for path, norm in calls.items() if path not in excluded for node in norm.call.nodes}
+    widths = {owner(n): int(n.meta["val"].shape[-1]) for n in graph.nodes if operation(n) == "layer_norm"}
+    for path in paths:
         if path not in norms:
-            width = int(node.meta["val"].shape[-1])
-            reason = "calls layer_norm as a function, so there is no module to replace"
-            order.setdefault(path or "(model)", Site(path or "(model)", "layer_norm", width, -1, KEEP, reason))
-        elif path not in order:
-            verdict, channel_dim = _judge(graph, path)
-            order[path] = _site(path, norms[path], channel_dim, verdict)
-    for path, norm in norms.items():
-        if path not in order:
-            order[path] = _site(path, norm, -1, Verdict(KEEP, "never runs as a plain call in the forward pass"))
-    return tuple(order.values())
+            verdict = Verdict(KEEP, "calls layer_norm as a function, so there is no module to replace")
+            kind, width = "layer_norm", widths["" if path == "(model)" else path]
+        else:
+            verdict = judge(graph, calls[path], others) if path in calls else Verdict(KEEP, refused[path])
+            norm: Any = modules[path]
+            kind, width = type(norm).__name__, norm.normalized_shape[-1]
+        if path in excluded:
+            verdict = Verdict(KEEP, "excluded by --keep")
+        channel_dim = calls[path].channel_dim if path in calls else -1
+        yield Site(path, kind, width, channel_dim, verdict.verdict, verdict.reason, verdict.targets)
 
 
-def _site(path: str, norm: nn.LayerNorm, channel_dim: int, verdict: Verdict) -> Site:
-    kind, width = type(norm).__name__, norm.normalized_shape[-1]
-    return Site(path, kind, width, channel_dim, verdict.verdict, verdict.reason, verdict.targets)
+def _norm_calls(graph: ModelGraph, paths: Iterable[str]) -> tuple[dict[str, NormCall], dict[str, str]]:
+    """Return the call of each norm that is or can become an affine map, and for the others why not."""
+    calls, refused = {}, {}
+    for path in paths:
+        try:
+            calls[path] = _norm_call(graph, path)
+        except (Blocked, ModelRefusedError) as reason:
+            refused[path] = str(reason)
+    return calls, refused
 
 
-def _judge(graph: ModelGraph, path: str) -> tuple[Verdict, int]:
+def _norm_call(graph: ModelGraph, path: str) -> NormCall:
     norm = graph.model.get_submodule(path)
     if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
-        return Verdict(KEEP, f"normalises over {len(norm.normalized_shape)} dimensions, not over channels"), -1
-    try:
-        calls = graph.calls(path)
-    except ModelRefusedError as error:
-        return Verdict(KEEP, str(error)), -1
+        raise Blocked(f"normalises over {len(norm.normalized_shape)} dimensions, not over channels")
+    calls = graph.calls(path)
+    if not calls:
+        raise Blocked("never runs as a plain call in the forward pass")
     if len(calls) != 1:
-        return Verdict(KEEP, f"runs {len(calls)} times in one forward pass, each with other statistics"), -1
+        raise Blocked(f"runs {len(calls)} times in one forward pass, each with other statistics")
     if isinstance(norm, nn.LayerNorm):
         extra = [operation(n) for n in calls[0].nodes if operation(n) not in _NORMALISING]
         if extra:
-            return Verdict(KEEP, f"{type(norm).__name__} does more than normalise ({', '.join(extra[:3])})"), -1
+            raise Blocked(f"{type(norm).__name__} does more than normalise ({', '.join(extra[:3])})")
+        if not any(operation(n) == "layer_norm" for n in calls[0].nodes):
+            raise Blocked("never runs as a plain call in the forward pass")
         if _read_elsewhere(graph, path, calls[0]):
-            return Verdict(KEEP, "its weight or bias is also read outside its own call"), -1
+            raise Blocked("its weight or bias is also read outside its own call")
     channel_dim = norm.channel_dim if isinstance(norm, TokenBatchNorm) else _channel_dim(calls[0])
     if channel_dim is None:
-        return Verdict(KEEP, "the place of its channels cannot be read from the graph"), -1
-    return judge(graph, calls[0], channel_dim), channel_dim
+        raise Blocked("the place of its channels cannot be read from the graph")
+    return NormCall(calls[0], channel_dim)
 
 
 # What a LayerNorm's own call may consist of; a fused activation would be lost in the swap.

@@ -44,7 +44,7 @@ def rows_in(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in ((0, 0), "valid", "same"):
         return _wide(x.movedim(1, -1).reshape(-1, x.shape[1]))  # [B, K, H, W] -> [B*H*W, K]
     padding: Any = (0, 0) if layer.padding == "valid" else layer.padding
-    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)  # type: ignore[arg-type]
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return _wide(patches.transpose(1, 2).reshape(-1, patches.shape[1]))  # [B, K*kh*kw, L] -> [B*L, K*kh*kw]
 
 
@@ -122,7 +122,7 @@ def _solvable(lane: Lane, node: fx.Node) -> bool:
     if not isinstance(layer, kind) or type(layer) not in _PLAIN or getattr(layer, "groups", 1) != 1:
         return False
     names = [lane.graph.attribute(tensor) for tensor in weight_and_bias(node)]
-    wanted = [f"{path}.weight"] + ([f"{path}.bias"] if layer.bias is not None else [])  # type: ignore[union-attr]
+    wanted = [f"{path}.weight"] + ([f"{path}.bias"] if layer.bias is not None else [])
     shared = any(len(users(tensor)) > 1 for tensor in weight_and_bias(node))
     if names != wanted or shared or any(lane.graph.tied.get(name) for name in wanted):
         return False
@@ -194,10 +194,10 @@ class Route:
                 continue
             name = operation(user)
             if name == "mul":
-                (factor,) = [n for n in user.all_input_nodes if n is not node] or [None]
-                if factor is None or node.meta["val"].shape != user.meta["val"].shape:
+                factors = [n for n in user.all_input_nodes if n is not node]
+                if not factors or node.meta["val"].shape != user.meta["val"].shape:
                     raise ValueError("scaled by a number or broadcast")
-                self._scales.append((factor, ids.shape, self._pick(ids)))
+                self._scales.append((factors[0], ids.shape, self._pick(ids)))
             elif user is not end or name != "add":
                 following = moved(user, node, ids, name in ("add", "cat"))
                 if not isinstance(following, torch.Tensor):

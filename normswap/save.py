@@ -132,7 +132,7 @@ def is_output_folder(path: Path) -> bool:
 
 def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
-    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": []}
+    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": [], "buffers": []}
     for path, module in original.named_modules():
         now = find_module(fused, path)  # None inside a norm that is gone
         if isinstance(module, nn.LayerNorm):
@@ -144,6 +144,9 @@ def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
                 edits["identity"].append(path)
         elif getattr(module, "bias", 0) is None and getattr(now, "bias", None) is not None:
             edits["biases"].append(path)
+        for name in sorted(module._non_persistent_buffers_set):
+            if now is not None and name in now._buffers and name not in now._non_persistent_buffers_set:
+                edits["buffers"].append(f"{path}.{name}")
     return edits
 
 
@@ -159,6 +162,9 @@ def _apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
         if layer.bias is None:
             width = layer.weight.shape[0]
             layer.register_parameter("bias", nn.Parameter(torch.zeros(width)))
+    for name in edits.get("buffers", ()):  # folders of 0.1 have none
+        path, _, attribute = name.rpartition(".")
+        model.get_submodule(path)._non_persistent_buffers_set.discard(attribute)
 
 
 def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:

@@ -26,7 +26,7 @@ REARRANGING = frozenset(
 )
 UNCHANGED = frozenset("dropout feature_dropout to _to_copy clone contiguous alias".split())
 # A mean of equal channels is that channel, and an average of a*x + b is a*average(x) + b.
-AVERAGING = frozenset(["mean", "adaptive_avg_pool2d", "adaptive_avg_pool1d"])
+AVERAGING = frozenset("mean adaptive_avg_pool2d adaptive_avg_pool1d avg_pool1d avg_pool2d".split())
 PADDING = frozenset(["pad", "constant_pad_nd"])
 # They read a shape, not the values.
 SHAPE_ONLY = frozenset(
@@ -118,14 +118,21 @@ def moved(node: fx.Node, source: fx.Node, ids: Any, through: bool) -> Any:
 
 
 def _averaged(node: fx.Node, ids: torch.Tensor) -> torch.Tensor | None:
-    shape = node.meta["val"].shape
-    if operation(node) == "mean":
-        dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        keepdim = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-        if dims is None:
-            return None
-        low, high = ids.amin(dims, keepdim), ids.amax(dims, keepdim)
-    else:
-        spatial = list(range(2, ids.ndim))
-        low, high = ids.amin(spatial, keepdim=True), ids.amax(spatial, keepdim=True)
-    return low.expand(shape) if torch.equal(low, high) else None
+    """Return the ids after an average if each element is one of equal channels with weights that sum to 1.
+
+    Both hold where the average of the squares is the square of the average: padding that counts, another divisor and
+    unequal channels break it.
+    """
+    target: Any = node.target
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        return target(*fx.map_arg(node.args, lambda _: value), **node.kwargs)
+
+    mean, square = run(ids.double()), run(ids.double().square())
+    after = mean.round()
+    # Unequal integers among a million elements spread by more than this, float64 averages err by less.
+    exact = (mean - after).abs().max() < _EQUAL and (square - after.square()).abs().max() < _EQUAL
+    return after.long() if exact else None
+
+
+_EQUAL = 1e-7

@@ -7,15 +7,17 @@ embedding plus position embedding plus class token (CLIP's norm_pre), and q or k
 rows of a fused qkv layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import fx, nn
 
-from .graph import Call, ModelGraph, argument, operation, owner, users, weight_and_bias
+from .graph import Call, ModelGraph, argument, operation, owner
 from .norm import TokenBatchNorm
 from .trace import AVERAGING, PADDING, REARRANGING, UNCHANGED, Read, channel_ids, follow
+from .weights import LINEAR, Bias, Blocked, Weights, channel_axis, pads, weights_of, without_cancelled
 
 FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP = "fold-forward", "fold-backward", "affine", "keep"
 VERDICTS = (FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP)
@@ -39,18 +41,25 @@ class Target:
     """What takes a scale and a shift, and which of the norm's channels each of its features takes.
 
     Attributes:
-        name: path of a linear or convolution layer, or the name of a parameter.
-        side: "input" for a layer that reads the norm, "output" for a layer the norm reads, "value" for a parameter.
+        name: path of a layer or of another norm, or the name of a parameter.
+        side: "input" for a layer that reads the norm, "output" for a layer the norm reads, "value" for a parameter,
+            "norm" for a norm that reads it and goes on to fold with what it took.
         channels: one norm channel per feature; -1 for a feature that is left alone.
         shift: whether the shift goes here too (in an addition only one side takes it).
         creates_bias: the layer has no bias and gets one.
+        weight: name of a layer's weight.
+        biases: the tensors that make up a layer's bias, or the one that would.
+        groups: of a convolution.
     """
 
     name: str
-    side: Literal["input", "output", "value"]
+    side: Literal["input", "output", "value", "norm"]
     channels: tuple[int, ...]
     shift: bool = True
     creates_bias: bool = False
+    weight: str = ""
+    biases: tuple[Bias, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,22 +71,35 @@ class Verdict:
     targets: tuple[Target, ...] = ()
 
 
-class _Blocked(Exception):
-    """Why one way of folding is closed."""
+@dataclass(frozen=True)
+class NormCall:
+    """A norm that is, or will be, an affine map: its one call and the dimension of its channels."""
+
+    call: Call
+    channel_dim: int
 
 
-def judge(graph: ModelGraph, call: Call, channel_dim: int) -> Verdict:
-    """Return the verdict for the norm that ran in ``call``, whose channels lie in ``channel_dim``."""
+def judge(graph: ModelGraph, norm: NormCall, others: Mapping[fx.Node, NormCall]) -> Verdict:
+    """Return the verdict for one norm.
+
+    Args:
+        graph: of the model.
+        norm: the norm.
+        others: every norm that is an affine map too, by the nodes of its call.
+    """
+    call, channel_dim = norm.call, norm.channel_dim
     try:
-        targets = _forward(graph, call, channel_dim)
+        targets = _forward(graph, norm, others)
         gains = [t.name for t in targets if t.creates_bias]
+        chained = [t.name for t in targets if t.side == "norm"]
         bias = f"; {', '.join(gains)} gets a bias" if gains else ""
-        return Verdict(FOLD_FORWARD, f"every reader is linear{bias}", targets)
-    except _Blocked as forward:
+        through = f", {', '.join(chained)} takes it on" if chained else ""
+        return Verdict(FOLD_FORWARD, f"every reader is linear{through}{bias}", targets)
+    except Blocked as forward:
         try:
             targets = _backward(graph, call, channel_dim)
             return Verdict(FOLD_BACKWARD, f"{forward}; fed only by {_names(targets)}", targets)
-        except _Blocked as backward:
+        except Blocked as backward:
             return Verdict(AFFINE, f"{forward}; {backward}")
 
 
@@ -85,33 +107,53 @@ def _names(targets: tuple[Target, ...]) -> str:
     return ", ".join(f"{t.name} (gets a bias)" if t.creates_bias else t.name for t in targets)
 
 
-def _forward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, ...]:
-    reads = list(follow(call.output, channel_ids(call.output, channel_dim)))
+def _forward(graph: ModelGraph, norm: NormCall, others: Mapping[fx.Node, NormCall]) -> tuple[Target, ...]:
+    inside = frozenset(others) - frozenset(norm.call.nodes)
+    reads = list(follow(norm.call.output, channel_ids(norm.call.output, norm.channel_dim), stop=inside))
     if not reads:
-        raise _Blocked("nothing reads its output")
+        raise Blocked("nothing reads its output")
     readers = {read.node for read in reads}
     targets: dict[str, Target] = {}
     for read in reads:
-        if operation(read.node) not in _LAYERS or argument(read.node, 0) is not read.source:
-            raise _Blocked(_why_not(graph, read))
-        path, layer = _layer(graph, read.node)
-        if any(not users(tensor) <= readers for tensor in weight_and_bias(read.node)):
-            raise _Blocked(f"{path} also runs on other values, or its weights are read elsewhere")
-        if isinstance(layer, nn.Conv2d) and any(layer.padding if layer.padding != "valid" else ()):
-            raise _Blocked(f"{path} pads its input, and a shift does not survive zero padding")
-        target = Target(path, "input", _channels_seen(read, layer, path), True, layer.bias is None)
-        if targets.setdefault(path, target) != target:
-            raise _Blocked(f"{path} reads it twice, with its channels in different places")
+        for target in _taken_by(graph, read, readers, others):
+            if targets.setdefault(target.name, target) != target:
+                raise Blocked(f"{target.name} reads it twice, with its channels in different places")
     return tuple(targets.values())
 
 
-def _channels_seen(read: Read, layer: nn.Module, path: str) -> tuple[int, ...]:
-    axis = -1 if isinstance(layer, nn.Linear) else 1
+def _taken_by(graph: ModelGraph, read: Read, readers: set[fx.Node], others: Mapping[fx.Node, NormCall]) -> list[Target]:
+    if read.node in others and others[read.node].call.input is read.source:
+        path, channel_dim = others[read.node].call.path, others[read.node].channel_dim
+        return [Target(path, "norm", _channels_seen(read, channel_dim, path))]
+    if operation(read.node) not in LINEAR or argument(read.node, 0) is not read.source:
+        raise Blocked(_why_not(graph, read))
+    found = []
+    for layer in weights_of(graph, read.node):
+        if not layer.read_by(readers):
+            raise Blocked(f"{layer.path} also runs on other values, or its weights are read elsewhere")
+        if pads(read.node):
+            raise Blocked(f"{layer.path} pads its input, and a shift does not survive zero padding")
+        channels = _channels_seen(read, channel_axis(read.node), layer.path)
+        biases = without_cancelled(graph, read.node, _biases(layer, read.node))
+        found.append(
+            Target(layer.path, "input", channels, True, layer.creates_bias, layer.weight, biases, layer.groups)
+        )
+    return found
+
+
+def _biases(layer: Weights, node: fx.Node) -> tuple[Bias, ...]:
+    """Return what makes up the bias; where there is none, the one that can be made."""
+    if not layer.creates_bias:
+        return layer.biases
+    return (Bias(f"{layer.path}.bias", node.meta["val"].shape[channel_axis(node)]),)
+
+
+def _channels_seen(read: Read, axis: int, path: str) -> tuple[int, ...]:
     features = read.ids.movedim(axis, -1).reshape(-1, read.ids.shape[axis])  # [..., K] -> [M, K]
     if (features == 0).any():
-        raise _Blocked(f"zero padding before {path}, and a shift does not survive it")
+        raise Blocked(f"zero padding before {path}, and a shift does not survive it")
     if not (features == features[0]).all():
-        raise _Blocked(f"a feature of {path} does not always see the same channel")
+        raise Blocked(f"a feature of {path} does not always see the same channel")
     return tuple((features[0] - 1).tolist())
 
 
@@ -119,37 +161,13 @@ def _why_not(graph: ModelGraph, read: Read) -> str:
     name, where = operation(read.node), owner(read.node)
     if name == "layer_norm" or isinstance(_module(graph, where), nn.LayerNorm | TokenBatchNorm):
         return f"another norm reads it ({where})"
-    if name in _LAYERS:
+    if name in LINEAR:
         return f"{where} takes it as a weight"
     return _BLOCKED_BY.get(name, f"{name} reads it") + (f" in {where}" if where and name != "output" else "")
 
 
-_LAYERS = {"linear": nn.Linear, "conv2d": nn.Conv2d}
-
-
 def _module(graph: ModelGraph, path: str) -> nn.Module:
     return graph.model.get_submodule(path)
-
-
-def _layer(graph: ModelGraph, node: fx.Node) -> tuple[str, nn.Linear | nn.Conv2d]:
-    """Return the layer that ran in ``node`` if its weight and bias are plain parameters that only it uses."""
-    path = owner(node)
-    layer = _module(graph, path)
-    weight = graph.attribute(argument(node, 1))
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    where = path or type(graph.model).__name__
-    if not isinstance(layer, nn.Linear | nn.Conv2d) or not isinstance(layer, _LAYERS[operation(node)]):
-        used = f" with the weights of {weight}" if weight else ""
-        raise _Blocked(f"{where} calls {operation(node)}{used} by itself, with a bias it makes in forward")
-    if weight != f"{path}.weight":
-        raise _Blocked(f"{where} computes its weight in forward")
-    if bias is not None and graph.attribute(bias) != f"{path}.bias":
-        raise _Blocked(f"{where} computes its bias in forward")
-    for name in filter(None, (weight, graph.attribute(bias))):
-        others = graph.tied.get(name)
-        if others:
-            raise _Blocked(f"{name} is tied to {', '.join(others)}")
-    return path, layer
 
 
 def _backward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, ...]:
@@ -159,6 +177,9 @@ def _backward(graph: ModelGraph, call: Call, channel_dim: int) -> tuple[Target, 
     for node, shift in search.leaves.items():
         targets.append(_produced(graph, call, channel_dim, node, shift, frozenset(search.joints)))
     return tuple(targets)
+
+
+_PRODUCERS = LINEAR - {"lstm"}  # what an LSTM gives has been through its gates
 
 
 class _Sources:
@@ -172,40 +193,40 @@ class _Sources:
     def visit(self, node: fx.Node, shift: bool) -> None:
         if self.is_leaf(node):
             if node in self.leaves:
-                raise _Blocked(f"{node.name} enters its input twice")
+                raise Blocked(f"{node.name} enters its input twice")
             self.leaves[node] = shift
             return
         parts = self.parts(node)
         if len(parts) > 1:
-            if len(node.users) > 1:
-                raise _Blocked("others read its input too (residual stream)")
             self.joints.add(node)
         taker = min(parts, key=self.price) if operation(node) == "add" else None
         for part in parts:
             self.visit(part, shift and (taker is None or part is taker))
 
     def is_leaf(self, node: fx.Node) -> bool:
-        return node.name in self.graph.parameters or operation(node) in _LAYERS
+        return node.name in self.graph.parameters or operation(node) in _PRODUCERS
 
     def parts(self, node: fx.Node) -> list[fx.Node]:
         name, inputs = operation(node), node.all_input_nodes
-        if name == "add" and len(inputs) == 2 and not node.kwargs:
-            return inputs
-        if name == "cat" and isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(inputs):
+        added = name == "add" and len(inputs) == 2 and not node.kwargs
+        joined = name == "cat" and isinstance(node.args[0], list | tuple) and len(node.args[0]) == len(inputs)
+        if added or joined:
+            if len(node.users) > 1:
+                raise Blocked("others read its input too (residual stream)")
             return inputs
         if name in PADDING:
-            raise _Blocked("padding comes before it, and nothing can scale or shift that")
+            raise Blocked("padding comes before it, and nothing can scale or shift that")
         if name in REARRANGING | UNCHANGED | AVERAGING and len(inputs) == 1:
             return inputs
         source = "an input of the model" if node.op == "placeholder" else f"{name} in {owner(node) or 'the model'}"
-        raise _Blocked(f"its input comes from {source}")
+        raise Blocked(f"its input comes from {source}")
 
     def price(self, node: fx.Node) -> int:
         """Return 0 if the value can take a shift as it is, 1 if a bias has to be made for it."""
         if node.name in self.graph.parameters:
             return 0
         if self.is_leaf(node):
-            return int(_layer(self.graph, node)[1].bias is None)
+            return int(weights_of(self.graph, node)[0].creates_bias)
         prices = [self.price(part) for part in self.parts(node)]
         return min(prices) if operation(node) == "add" else max(prices)
 
@@ -214,25 +235,23 @@ def _produced(
     graph: ModelGraph, call: Call, channel_dim: int, leaf: fx.Node, shift: bool, joints: frozenset[fx.Node]
 ) -> Target:
     """Return the target for one leaf of the norm's input, after proving that nobody else sees what would change."""
-    creates_bias = False
+    axis, layer = -1, None
     if leaf.name in graph.parameters:
         name = graph.attributes[leaf.name]
         if graph.tied.get(name):
-            raise _Blocked(f"{name} is tied to {', '.join(graph.tied[name])}")
-        axis = -1
+            raise Blocked(f"{name} is tied to {', '.join(graph.tied[name])}")
     else:
-        name, layer = _layer(graph, leaf)
-        if any(len(users(tensor)) > 1 for tensor in weight_and_bias(leaf)):
-            raise _Blocked(f"{name} runs more than once, or its weights are read elsewhere")
-        axis = -1 if isinstance(layer, nn.Linear) else 1
-        creates_bias = shift and layer.bias is None
+        (layer,) = weights_of(graph, leaf)
+        name, axis = layer.path, channel_axis(leaf)
+        if not layer.read_by({leaf}):
+            raise Blocked(f"{name} runs more than once, or its weights are read elsewhere")
 
     if leaf.meta["val"].ndim == 0:
-        raise _Blocked(f"{name} is a single number for all channels")
+        raise Blocked(f"{name} is a single number for all channels")
     reads = list(follow(leaf, channel_ids(leaf, axis), joints, stop=frozenset(call.nodes)))
     inside = [r for r in reads if r.source is call.input and r.node in call.nodes]
     if not inside:
-        raise _Blocked(f"the way from {name} to it cannot be followed")
+        raise Blocked(f"the way from {name} to it cannot be followed")
     seen = inside[0].ids.movedim(channel_dim, -1)
     seen = seen.reshape(-1, seen.shape[-1])  # [..., C] -> [M, C], features of the leaf from 1
     column = torch.arange(seen.shape[1]).expand_as(seen)
@@ -240,11 +259,14 @@ def _produced(
     channels[seen] = column
     channels[0] = -1
     if not ((channels[seen] == column) | (seen == 0)).all():
-        raise _Blocked(f"a feature of {name} lands in several of its channels")
+        raise Blocked(f"a feature of {name} lands in several of its channels")
     for read in reads:
         if read not in inside and (channels[read.ids.unique()] >= 0).any():
-            raise _Blocked(
+            raise Blocked(
                 f"its input {name} is also read by {operation(read.node)} in {owner(read.node) or 'the model'}"
             )
-    side: Literal["value", "output"] = "value" if leaf.name in graph.parameters else "output"
-    return Target(name, side, tuple(channels[1:].tolist()), shift, creates_bias)
+    taken = tuple(channels[1:].tolist())
+    if layer is None:
+        return Target(name, "value", taken, shift)
+    creates = shift and layer.creates_bias
+    return Target(name, "output", taken, shift, creates, layer.weight, _biases(layer, leaf), layer.groups)

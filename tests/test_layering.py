@@ -15,6 +15,7 @@ ROAD = (
     "norm",
     "graph",
     "trace",
+    "weights",
     "verdict",
     "plan",
     "checkpoint",

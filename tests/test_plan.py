@@ -132,9 +132,13 @@ HARD = {
     "computed bias": (
         _Toy(lambda m, x: nn.functional.linear(m.norm(x * 1), m.head.weight, m.head.bias * 2)),
         "affine",
-        "by itself",
+        "bias in forward",
     ),
-    "read by a norm": (_Toy(lambda m, x: m.head(m.second(m.norm(x * 1))), second=nn.LayerNorm(8)), "affine", "norm"),
+    "read by a norm": (
+        _Toy(lambda m, x: m.head(m.second(m.norm(x * 1))), second=nn.LayerNorm(8)),
+        "fold-forward",
+        "second takes it on",
+    ),
     "post-norm": (_Toy(lambda m, x: m.norm(x) * 2), "fold-backward", "stem"),
     "post-norm, also read": (_Toy(lambda m, x: m.norm(x) * 2 + x), "affine", "also read"),
     "channels mixed": (
