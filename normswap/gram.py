@@ -166,10 +166,16 @@ def _centre(gram: Gram, bias: torch.Tensor, intercept: bool) -> tuple[torch.Tens
     return means if intercept else (torch.zeros_like(means[0]), bias)
 
 
+# A variance below this is rounding.
+_NOTHING = 1e-30
+
+
 def _ridge(moments: Moments2, weight: torch.Tensor, penalty: float) -> torch.Tensor:
     var = moments.xx.diagonal()
     # A channel that never varies has no scale of its own; the mean one keeps the system regular.
-    scale = torch.where(var > 1e-14 * var.max(), var, var.mean()).clamp(min=torch.finfo(var.dtype).tiny).rsqrt()
+    scale = torch.where(var > 1e-14 * var.max(), var, var.mean())
+    # Where no channel varies, as behind a norm over a single channel, a division by next to nothing would make weights.
+    scale = torch.where(scale > _NOTHING, scale, 1.0).rsqrt()
     system = moments.xx * scale * scale[:, None]
     system.diagonal().add_(penalty)
     missing = (moments.xy - moments.xx @ weight.T) * scale[:, None]  # [K, O]
