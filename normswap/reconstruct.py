@@ -262,6 +262,7 @@ class _StreamSums:
         converted, original = converted.double(), original.double()
         size = (original - original.mean(-1, keepdim=True)).norm(dim=-1).clamp(min=1e-30)
         error = (converted - original).norm(dim=-1) / size
+        error = error[:, None] if error.ndim == 1 else error  # [B] -> [B, 1], behind a pool
         prefix = self.prefix_tokens if error.ndim == 2 and error.shape[1] > self.prefix_tokens else 0
         for at, part in ((0, error[:, prefix:]), (2, error[:, :prefix])):
             self.sums[at] += part.sum().cpu()
