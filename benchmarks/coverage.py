@@ -40,7 +40,7 @@ TOLERANCE = 1e-9
 CALIBRATED_TOLERANCE = 1e-6
 IMAGES = 8
 # Smaller images than the model's own keep the float64 check short, where they change no verdict.
-SIZES = (64, 96, 112, 128, 160, 192)
+SIZES = (64, 96, 112, 128, 160, 192, 224, 256, 384)
 
 
 @dataclass
