@@ -7,6 +7,7 @@ tensors, one of them a buffer that is not in the state dict; an LSTM has one wei
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from torch import fx, nn
 
@@ -83,7 +84,7 @@ def weights_of(graph: ModelGraph, node: fx.Node) -> list[Weights]:
 
 
 _WITH_BIAS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_FORWARDS = {kind.forward for kind in (*_WITH_BIAS, NormedLinear, NormedConv2d)}
+_FORWARDS = {kind.forward for kind in (*_WITH_BIAS, NormedLinear, NormedConv2d, timm.layers.Linear)}
 
 
 def _weights(graph: ModelGraph, node: fx.Node, weight: fx.Node | None, bias: fx.Node | None) -> Weights:
