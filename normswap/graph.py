@@ -100,11 +100,12 @@ class ModelGraph:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """Return, for each parameter that shares its memory with others, their names."""
+    """Return, for each parameter or buffer that shares its memory with others, their names."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    parameters, buffers = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    for name, tensor in (*parameters, *buffers):
         # Without memory (the meta device) there is only the object itself to go by.
-        names.setdefault(parameter.data_ptr() or id(parameter), []).append(name)
+        names.setdefault(tensor.data_ptr() or id(tensor), []).append(name)
     return {name: [n for n in group if n != name] for group in names.values() for name in group if len(group) > 1}
 
 

@@ -17,7 +17,7 @@ from torch import fx, nn
 from .graph import Call, ModelGraph, argument, operation, owner
 from .norm import TokenBatchNorm
 from .trace import AVERAGING, PADDING, REARRANGING, UNCHANGED, Read, channel_ids, follow
-from .weights import LINEAR, Bias, Blocked, Weights, channel_axis, pads, weights_of, without_cancelled
+from .weights import LINEAR, Bias, Blocked, biases_for_shift, biases_of, channel_axis, pads, weights_of
 
 FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP = "fold-forward", "fold-backward", "affine", "keep"
 VERDICTS = (FOLD_FORWARD, FOLD_BACKWARD, AFFINE, KEEP)
@@ -134,18 +134,10 @@ def _taken_by(graph: ModelGraph, read: Read, readers: set[fx.Node], others: Mapp
         if pads(read.node):
             raise Blocked(f"{layer.path} pads its input, and a shift does not survive zero padding")
         channels = _channels_seen(read, channel_axis(read.node), layer.path)
-        biases = without_cancelled(graph, read.node, _biases(layer, read.node))
-        found.append(
-            Target(layer.path, "input", channels, True, layer.creates_bias, layer.weight, biases, layer.groups)
-        )
+        biases = biases_for_shift(graph, read.node, layer)
+        creates = layer.creates_bias and all(bias.name for bias in biases)
+        found.append(Target(layer.path, "input", channels, True, creates, layer.weight, biases, layer.groups))
     return found
-
-
-def _biases(layer: Weights, node: fx.Node) -> tuple[Bias, ...]:
-    """Return what makes up the bias; where there is none, the one that can be made."""
-    if not layer.creates_bias:
-        return layer.biases
-    return (Bias(f"{layer.path}.bias", node.meta["val"].shape[channel_axis(node)]),)
 
 
 def _channels_seen(read: Read, axis: int, path: str) -> tuple[int, ...]:
@@ -269,4 +261,4 @@ def _produced(
     if layer is None:
         return Target(name, "value", taken, shift)
     creates = shift and layer.creates_bias
-    return Target(name, "output", taken, shift, creates, layer.weight, _biases(layer, leaf), layer.groups)
+    return Target(name, "output", taken, shift, creates, layer.weight, biases_of(leaf, layer), layer.groups)

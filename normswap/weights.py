@@ -103,7 +103,10 @@ def _weights(graph: ModelGraph, node: fx.Node, weight: fx.Node | None, bias: fx.
     for tensor in filter(None, (name, *names)):
         if graph.tied.get(tensor):
             raise Blocked(f"{tensor} is tied to {', '.join(graph.tied[tensor])}")
-    biases = tuple(Bias(str(n), len(part.meta["val"])) for n, part in zip(names, parts, strict=True))
+    biases = tuple(Bias(str(n), part.meta["val"].numel()) for n, part in zip(names, parts, strict=True))
+    shape = weight.meta["val"].shape
+    if len(shape) < 2 or (biases and sum(b.features for b in biases) != shape[0]):
+        raise Blocked(f"{where} has no weight and bias per output feature")
     tensors = (weight, *parts, *([bias] if bias is not None and joint else []))
     groups = _option(node, 6, "groups", 1) if operation(node) in _CONVOLUTIONS else 1
     return Weights(path, name, biases, tensors, groups, bias is None)
@@ -156,18 +159,26 @@ def find_buffer(model: nn.Module, name: str) -> torch.Tensor | None:
     return None if module is None else module._buffers.get(attribute)
 
 
-def without_cancelled(graph: ModelGraph, node: fx.Node, biases: tuple[Bias, ...]) -> tuple[Bias, ...]:
-    """Return the biases of a linear operator, less the buffers outside the state dict that no output depends on.
+def biases_for_shift(graph: ModelGraph, node: fx.Node, weights: Weights) -> tuple[Bias, ...]:
+    """Return the biases that take what a shift of a linear operator's input adds to its output.
 
-    Plain timm loads such a buffer as 0, so whatever can be left out of it is.
+    Where no output of the model depends on it and plain timm could not load it, it is left out: a buffer outside the
+    state dict, which plain timm takes for 0, and a bias that would have to be made.
     """
     start, kept = 0, []
-    for bias in biases:
+    for bias in biases_of(node, weights):
         rows = slice(start, start + bias.features)
         start += bias.features
-        lost = bias.name in graph.program.graph_signature.non_persistent_buffers
-        kept.append(Bias("", bias.features) if lost and _cancels(node, rows) else bias)
+        odd = weights.creates_bias or bias.name in graph.program.graph_signature.non_persistent_buffers
+        kept.append(Bias("", bias.features) if odd and _cancels(node, rows) else bias)
     return tuple(kept)
+
+
+def biases_of(node: fx.Node, weights: Weights) -> tuple[Bias, ...]:
+    """Return what makes up the bias of a linear operator; where there is none, the one that can be made."""
+    if not weights.creates_bias:
+        return weights.biases
+    return (Bias(f"{weights.path}.bias", node.meta["val"].shape[channel_axis(node)]),)
 
 
 def _cancels(node: fx.Node, rows: slice) -> bool:
@@ -176,7 +187,7 @@ def _cancels(node: fx.Node, rows: slice) -> bool:
     A constant c on every key adds q.c to all logits of the query q, and a softmax does not see that. It takes a key
     that is the same feature at every position: a rotary embedding turns c differently at each.
     """
-    ids = channel_ids(node, -1)
+    ids = channel_ids(node, channel_axis(node))
     ids = torch.where((ids > rows.start) & (ids <= rows.stop), ids, 0)
     reads = [read for read in follow(node, ids) if (read.ids > 0).any()]
     return bool(reads) and all(_as_keys(read.node, read.source, read.ids) for read in reads)

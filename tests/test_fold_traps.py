@@ -199,6 +199,22 @@ def test_what_the_keys_take_is_left_out_only_where_softmax_drops_it(name, carrie
     assert swapped.attn.k_bias.abs().max() == 0  # the copy was changed, not the model
 
 
+def test_no_bias_is_made_for_keys_that_need_none():
+    def read(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = m.norm(x * 1)
+        return F.scaled_dot_product_attention(m.q(y), m.k(y), m.v(y))
+
+    bare = {name: nn.Linear(WIDTH, WIDTH, bias=False) for name in "qkv"}
+    model = randomised(_Trap(read, **bare)).double().eval()
+    plan = make_plan(model, input_size=(3, 8, 8))
+    assert plan.sites[0].row()["creates_bias"] == ["q", "v"]
+    swapped = randomise_statistics(swap_norms(model, plan)).eval()
+    fused = fold_norms(swapped, input_size=(3, 8, 8))
+    assert (fused.k.bias, fused.q.bias is None) == (None, False)
+    x = torch.randn(2, 3, 8, 8).double()
+    assert max_difference(swapped, fused, [x]) <= FOLD_FLOAT64 * max(1.0, float(swapped(x).detach().abs().max()))
+
+
 def test_a_norm_whose_reader_is_kept_stays():
     model = TRAPS["norm of a norm"][0]
     plan = make_plan(model, keep=["second"], input_size=(3, 8, 8))
@@ -210,6 +226,13 @@ def test_a_shared_part_of_a_bias_is_not_folded_into():
     model = copy.deepcopy(TRAPS["q, k and v bias made in forward"][0])
     model.attn.v_bias = model.attn.q_bias
     assert make_plan(model, input_size=(3, 8, 8)).sites[0].verdict == STAYS
+
+
+def test_a_shared_buffer_is_not_folded_into():
+    model = _Trap(lambda m, x: m.attn(m.norm(x * 1)) + m.other(x), attn=_SplitBias(rotate=True), other=_SplitBias())
+    model.other.k_bias = model.attn.k_bias
+    site = make_plan(model, input_size=(3, 8, 8)).sites[0]
+    assert (site.verdict, "tied" in site.reason) == (STAYS, True)
 
 
 def test_a_half_precision_overflow_changes_nothing_and_keeps_the_buffer_out():
