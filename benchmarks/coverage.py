@@ -32,12 +32,15 @@ from torch import nn
 import normswap
 from normswap.fold import max_difference
 from normswap.norm import TokenBatchNorm
+from normswap.swap import batch_norms
 from normswap.verdict import AFFINE, FOLD_BACKWARD, FOLD_FORWARD, KEEP
 
 # A fold reorders sums of float64 products; the largest output counts as 1. As FOLD_FLOAT64 in tests/tolerance.py.
 TOLERANCE = 1e-9
 # A conversion that was solved from few images amplifies rounding errors; a wrong fold is off by more than this.
 CALIBRATED_TOLERANCE = 1e-6
+# Without its norms a model must answer otherwise by at least this, relative to the largest output.
+VISIBLE = 1e-4
 IMAGES = 8
 # Smaller images than the model's own keep the float64 check short, where they change no verdict.
 SIZES = (64, 96, 112, 128, 160, 192, 224, 256, 384)
@@ -151,6 +154,10 @@ def _convert(result: Result) -> None:
     result.random = _relative(swapped, fused, images[:2])
     if not result.random <= TOLERANCE:
         raise ArithmeticError(f"wrong fold: fused and unfused differ by {result.random:.1e} of the largest output")
+    for path in batch_norms(swapped):
+        swapped.set_submodule(path, nn.Identity())
+    if not _relative(fused, swapped, images[:2]) > VISIBLE:
+        raise ArithmeticError("without its norms the model answers the same, so the check of the fold sees nothing")
     del swapped, fused
 
     done = normswap.convert(model, [images], plan=plan, atol=float("inf"))
