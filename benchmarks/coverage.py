@@ -41,6 +41,8 @@ TOLERANCE = 1e-9
 CALIBRATED_TOLERANCE = 1e-6
 # Without its norms a model must answer otherwise by at least this, relative to the largest output.
 VISIBLE = 1e-4
+# A few units in the last place of a float64 image.
+NUDGE = 1e-15
 IMAGES = 8
 # Smaller images than the model's own keep the float64 check short, where they change no verdict.
 SIZES = (64, 96, 112, 128, 160, 192, 224, 256, 384)
@@ -152,7 +154,11 @@ def _convert(result: Result) -> None:
     randomise_statistics(swapped, images[:2])
     fused = normswap.fold_norms(swapped, input_size=plan.input_size)
     result.random = _relative(swapped, fused, images[:2])
-    if not result.random <= TOLERANCE:
+    # Some random models amplify any rounding; then the fold may err as much as rounding of the images does.
+    with torch.no_grad():
+        nudged = float((swapped(images[:2] * (1 + NUDGE)) - swapped(images[:2])).abs().max())
+        allowed = max(TOLERANCE, 10 * nudged / float(swapped(images[:2]).abs().max()))
+    if not result.random <= min(allowed, CALIBRATED_TOLERANCE):
         raise ArithmeticError(f"wrong fold: fused and unfused differ by {result.random:.1e} of the largest output")
     for path in batch_norms(swapped):
         swapped.set_submodule(path, nn.Identity())
