@@ -13,6 +13,7 @@ from torch import nn
 
 from .errors import ArgumentError, CalibrationError
 from .estimate import METHODS
+from .gram import fast_products
 from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import Moments
@@ -27,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 RECONSTRUCT = ("all", "readers")
 # Images that go through the models together. Small enough for the caches, large enough for the matrix products.
 BATCH_SIZE = 32
+_IN_CACHE = 256  # rows of moments to take at once
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -40,7 +42,8 @@ class _MapObserver(Observer):
         self.path, self.norm, self.moments = path, norm, Moments()
 
     def __call__(self, x: torch.Tensor) -> None:
-        self.moments.update(_tokens(x, self.norm))
+        for part in _tokens(x, self.norm).split(_IN_CACHE):  # the hidden width of an FFN does not fit whole
+            self.moments.update(part)
 
     def solve(self) -> None:
         """Take the statistics as running mean and variance, and a weight and bias that keep the map."""
@@ -94,7 +97,11 @@ def calibrate(
     weight = next(original.parameters())
     batches = (batch.to(weight) for batch in rebatched(images, BATCH_SIZE))
     budget = default_budget() if memory_budget is None else memory_budget
-    with eval_mode(original, swapped), Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep:
+    with (
+        eval_mode(original, swapped),
+        fast_products(),
+        Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep,
+    ):
         if lockstep.first is None:
             raise ArgumentError("no images to calibrate on")
         lane = lockstep.first[1]
@@ -103,6 +110,7 @@ def calibrate(
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
         writers = [w for w in writers if not _crossed(lane, w, stops)]
+        work.weigh(readers, writers)
         agenda = _agenda(lane, sites, readers, writers)
         for i, (_, item) in enumerate(agenda):
             progress("calibrate", i, len(agenda))
@@ -139,9 +147,7 @@ def _crossed(lane: Lane, writer: Writer, stops: list[int]) -> bool:
     return any(lane.at(writer.stop) < at < lane.at(writer.end) for at in stops if at not in own)
 
 
-def _agenda(
-    lane: Lane, sites: list[str], readers: list[Readers], writers: list[Writer]
-) -> list[tuple[float, Any]]:
+def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[Writer]) -> list[tuple[float, Any]]:
     """Return everything to set, in the order in which the converted model runs it."""
     agenda: list[tuple[float, Any]] = [(lane.at(writer.stop), writer) for writer in writers]
     for path in sites:
