@@ -139,9 +139,7 @@ def _crossed(lane: Lane, writer: Writer, stops: list[int]) -> bool:
     return any(lane.at(writer.stop) < at < lane.at(writer.end) for at in stops if at not in own)
 
 
-def _agenda(
-    lane: Lane, sites: list[str], readers: list[Readers], writers: list[Writer]
-) -> list[tuple[float, Any]]:
+def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[Writer]) -> list[tuple[float, Any]]:
     """Return everything to set, in the order in which the converted model runs it."""
     agenda: list[tuple[float, Any]] = [(lane.at(writer.stop), writer) for writer in writers]
     for path in sites:

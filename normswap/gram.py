@@ -31,10 +31,13 @@ class Gram:
     def __init__(self, pivot_x: torch.Tensor, pivot_y: torch.Tensor) -> None:
         self.pivot_x, self.pivot_y = pivot_x, pivot_y
         k, o = len(pivot_x), len(pivot_y)
-        new = {"dtype": torch.float64, "device": pivot_x.device}
-        self.count = torch.zeros((), **new)
-        self.x, self.y = torch.zeros(k, **new), torch.zeros(o, **new)
-        self.xx, self.xy, self.yy = torch.zeros(k, k, **new), torch.zeros(k, o, **new), torch.zeros(o, **new)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=pivot_x.device)
+
+        self.count = zeros()
+        self.x, self.y = zeros(k), zeros(o)
+        self.xx, self.xy, self.yy = zeros(k, k), zeros(k, o), zeros(o)
 
     @staticmethod
     def like(x: torch.Tensor, y: torch.Tensor) -> "Gram":

@@ -39,9 +39,7 @@ class Reconstruction:
         norms: every BatchNorm of the converted model, by path.
     """
 
-    def __init__(
-        self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]
-    ) -> None:
+    def __init__(self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
         self.result = Calibration()
@@ -154,7 +152,9 @@ class Reconstruction:
                 self._keep(path, role, rows, need)
             return
         # A channel that is scaled to nothing on its way cannot be set from what arrives.
-        alive = torch.ones(len(weight), dtype=torch.bool, device=weight.device) if scale is None else scale.abs() > 1e-12
+        alive = (
+            torch.ones(len(weight), dtype=torch.bool, device=weight.device) if scale is None else scale.abs() > 1e-12
+        )
         factor = torch.ones(len(weight), dtype=weight.dtype, device=weight.device) if scale is None else scale
         solution = solve(grams.fit, grams.held_out, weight * factor[:, None], bias * factor, intercept)
         new_weight = torch.where(alive[:, None], solution.weight / factor[:, None], weight)
