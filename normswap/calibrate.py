@@ -166,6 +166,10 @@ def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
         batch = item[0] if isinstance(item, tuple | list) else item
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
             raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
+        if held and batch.shape[1:] != held[0].shape[1:]:
+            raise ArgumentError(
+                f"images must all have one size; there are {list(held[0].shape[1:])} and {list(batch.shape[1:])}"
+            )
         held.append(batch)
         count += len(batch)
         if count >= size:
