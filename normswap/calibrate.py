@@ -79,7 +79,7 @@ def calibrate(
             "readers" the first only. Other methods do not look at it.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free.
-        progress: called with ("calibrate", stops done, stops in all).
+        progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:
         ArgumentError: unknown method, no BatchNorm to set, no images, or a memory budget below one batch.
@@ -105,7 +105,7 @@ def calibrate(
         writers = [w for w in writers if not _crossed(lane, w, stops)]
         agenda = _agenda(lane, sites, readers, writers)
         for i, (_, item) in enumerate(agenda):
-            progress("calibrate", i, len(agenda))
+            progress(f"calibrate: {_where(item)}", i, len(agenda))
             if isinstance(item, Readers):
                 work.solve_readers(item, writers)
             elif isinstance(item, Writer):
@@ -157,6 +157,10 @@ def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[
         for stops in together.values():
             agenda.append((lane.at(stops[0]), Readers(tuple(stops), group.sites)))
     return sorted(agenda, key=lambda entry: entry[0])
+
+
+def _where(item: Any) -> str:
+    return item if isinstance(item, str) else (item.stop if isinstance(item, Writer) else item.stops[0]).path
 
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
