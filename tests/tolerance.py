@@ -10,3 +10,8 @@ LINEAR_FLOAT64 = 1e-10
 MOMENTS = 1e-9
 # The same statistic from differently split batches: only the order of float64 additions changes.
 SPLIT = 1e-9
+# Weights solved by several processes against one, relative to the largest weight. Sums in another order are amplified by
+# solves and gradient steps to 1e-11; the bias of k gets more: softmax drops it, so its gradient is rounding, and Adam
+# scales that up. What the models answer does not know of it.
+PROCESSES = 1e-8
+PROCESSES_OUTPUT = 1e-9
