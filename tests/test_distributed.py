@@ -18,10 +18,10 @@ from normswap.report import Calibration
 
 from .models import family, images
 from .test_cli import DEMO, FILES
-from .tolerance import PROCESSES, PROCESSES_OUTPUT
+from .tolerance import PROCESSES
 
 WORLD = 2
-TIMEOUT = 120  # seconds, for what takes ten
+TIMEOUT = 300  # seconds, for what takes ten
 
 
 def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibration]:
@@ -81,7 +81,7 @@ def test_processes_agree_with_one(tmp_path, case):
     with torch.no_grad():
         answer = swapped.eval()(x)
         swapped.load_state_dict(first)
-        torch.testing.assert_close(swapped(x), answer, rtol=PROCESSES_OUTPUT, atol=PROCESSES_OUTPUT)
+        torch.testing.assert_close(swapped(x), answer, rtol=PROCESSES, atol=PROCESSES)
     assert [(fit.site, fit.samples) for fit in found.sites] == [(fit.site, fit.samples) for fit in alone.sites]
     assert [(fit.layer, fit.samples, fit.penalty, fit.reason) for fit in found.layers] == [
         (fit.layer, fit.samples, fit.penalty, fit.reason) for fit in alone.layers
@@ -89,7 +89,7 @@ def test_processes_agree_with_one(tmp_path, case):
     if case == "reconstruct":  # else the gradient steps, which take most care, would not be tested
         assert any(fit.refined < 1 for fit in found.layers)
     for one, other in zip(alone.layers, found.layers, strict=True):
-        assert one.reason or other.r2 == pytest.approx(one.r2, rel=PROCESSES_OUTPUT)
+        assert one.reason or other.r2 == pytest.approx(one.r2, rel=PROCESSES)
 
 
 def test_more_processes_than_batches(tmp_path):
