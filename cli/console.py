@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from .processes import is_first
+
 GROUP_EPILOG = """Data goes to stdout, progress and talk to stderr. Exit codes: 0 done, 1 failure, 2 usage, 3 model
 refused, 4 a check failed (the fold is not exact, or the accuracy drop is over budget)."""
 
@@ -20,7 +22,7 @@ class NormswapCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         verbose = ctx.params.get("verbose", 0)
-        if verbose:
+        if verbose and is_first():
             logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, stream=sys.stderr)
         else:
             warnings.simplefilter("ignore")
@@ -30,6 +32,8 @@ class NormswapCommand(click.Command):
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
             raise
         except Exception as error:
+            if not is_first():  # the first process fails alike, and says so
+                raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
             if verbose > 1:
                 traceback.print_exc()
             raise _Failure(_line(error), getattr(error, "exit_code", 1)) from error
@@ -53,7 +57,7 @@ def _line(error: Exception) -> str:
 
 
 class Console:
-    """One command's output.
+    """One command's output; of several processes only the first has any.
 
     Args:
         as_json: stdout gets one JSON object and nothing else.
@@ -64,9 +68,10 @@ class Console:
         from rich.console import Console as RichConsole
 
         self.as_json = as_json
-        self.quiet = quiet
-        self.talk = RichConsole(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        self.data = RichConsole(quiet=quiet and as_json, highlight=False)
+        self.silent = not is_first()
+        self.quiet = quiet or self.silent
+        self.talk = RichConsole(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=True)
+        self.data = RichConsole(quiet=(quiet and as_json) or self.silent, highlight=False)
         if not self.data.is_terminal:
             self.data.width = 140
 
@@ -76,7 +81,7 @@ class Console:
 
     def result(self, record: dict[str, Any], *tables: Any) -> None:
         """Print the result: JSON, or tables for people."""
-        if self.as_json:
+        if self.as_json and not self.silent:
             click.echo(json.dumps(record))
         target = self.talk if self.as_json else self.data
         for table in tables:
@@ -84,17 +89,27 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Any]:
-        """Yield a callback (what, done, total) that draws a bar on a terminal and nothing elsewhere."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        """Yield a callback (what, done, total) that draws a bar on a terminal and nothing elsewhere.
 
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        What stands behind a colon, as in "calibrate: blocks.0.norm1", is shown beside the bar of what stands before it.
+        """
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[where]}", markup=False),
+        )
         disable = self.quiet or not self.talk.is_terminal
         with Progress(*columns, console=self.talk, transient=True, disable=disable) as bars:
             tasks: dict[str, Any] = {}
 
             def update(what: str, done: int, total: int) -> None:
+                what, _, where = what.partition(": ")
                 if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+                    tasks[what] = bars.add_task(what, total=total, where=where)
+                bars.update(tasks[what], completed=done, total=total, where=where)
 
             yield update

@@ -8,8 +8,11 @@ import click
 
 from . import options as o
 from .console import Console, NormswapCommand
+from .processes import is_first, joined
 
-_METHODS = ("channel", "moments")
+# The library's own lists cannot be imported here: they come with torch. A test holds these equal to them.
+_METHODS = ("reconstruct", "channel", "moments")
+_RECONSTRUCT = ("all", "readers")
 _POSITIONS = ("pre-act", "post-act", "none")
 
 
@@ -21,7 +24,23 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="folder to write")
 @click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty")
 @click.option(
-    "--method", type=click.Choice(_METHODS), default="channel", show_default=True, help="how BatchNorm is set"
+    "--method",
+    type=click.Choice(_METHODS),
+    default="reconstruct",
+    show_default=True,
+    help="re-solve the layers around each norm, or set BatchNorm only",
+)
+@click.option(
+    "--reconstruct",
+    type=click.Choice(_RECONSTRUCT),
+    default="all",
+    show_default=True,
+    help="re-solve what reads a norm, or also what writes to the residual stream",
+)
+@click.option(
+    "--memory-budget",
+    type=o.Size(),
+    help="memory for calibration's activations, as 512M or 8G; the rest goes to disk  [half of what is free]",
 )
 @click.option(
     "--ffn-bn", type=click.Choice(_POSITIONS), default="pre-act", show_default=True, help="BatchNorm inside the FFN"
@@ -56,7 +75,6 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap.atomic import check_target
     from normswap.data import load_splits
     from normswap.errors import ArgumentError, CheckFailedError
-    from normswap.report import stages_table
     from normswap.save import check_saveable
 
     if out is not None and not options["dry_run"]:
@@ -76,7 +94,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
     one_split = images is evaluation
     if options["eval_samples"]:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
-    console.say("calibrate", f"{options['method']}, on {calibration.description}, device {device}")
+    method = options["method"] + (" readers" if _readers_only(options) else "")
+    console.say("calibrate", f"{method}, on {calibration.description}, device {device}")
     console.say("evaluate", f"on {evaluation.description}")
     if one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
@@ -86,7 +105,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
     assert out is not None  # checked by the command
 
     try:
-        with console.progress() as progress:
+        with joined(device), console.progress() as progress:
             result = pipeline.convert(
                 model,
                 calibration,
@@ -94,19 +113,23 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 options["ffn_bn"],
                 eval_images=evaluation,
                 plan=plan,
+                reconstruct=options["reconstruct"],
+                memory_budget=options["memory_budget"],
                 atol=options["atol"],
                 max_drop=options["max_drop"],
                 amp_dtype=o.amp_dtype(options),
                 name=options["model"],
                 progress=progress,
             )
+            if not is_first():
+                return
             overrides = o.preprocessing(options)
             command = ["normswap", *sys.argv[1:]]
             result.save(out, options["overwrite"], sources, command, overrides or None)
     except CheckFailedError as error:
-        _show(console, error.report, stages_table)
+        _show(console, error.report, options["verbose"])
         raise
-    _show(console, result.report, stages_table)
+    _show(console, result.report, options["verbose"])
     _say_what_next(console, options, result.report, out)
 
 
@@ -116,9 +139,21 @@ def _sources(options: dict[str, Any]) -> list[Path]:
     return [Path(path) for path in paths if path is not None]
 
 
-def _show(console: Console, report: Any, stages_table: Any) -> None:
+def _readers_only(options: dict[str, Any]) -> bool:
+    return options["method"] == "reconstruct" and options["reconstruct"] == "readers"
+
+
+def _show(console: Console, report: Any, verbose: int) -> None:
     if report is None:
         return
+    from normswap.report import kept_layers, layers_table, sites_table, stages_table, stream_table
+
+    if report.calibration_passes is not None:
+        seconds = report.seconds["calibrate"]
+        cost = f"{seconds:.1f} s, {report.calibration_passes:.1f} plain forward passes over the same images"
+        console.say("cost", f"calibration took {cost}")
+    for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
+        console.say("kept", line)
     for stage in report.stages:
         line = stage.accuracy_line()
         if line:
@@ -128,7 +163,14 @@ def _show(console: Console, report: Any, stages_table: Any) -> None:
     if len(report.skipped_images) > 3:
         console.say("skipped", f"{len(report.skipped_images)} images in all")
     console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
-    console.result(report.to_json(), *([stages_table(report.stages)] if report.stages else []))
+    tables = []
+    if verbose:
+        tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
+    if report.stream:
+        tables.append(stream_table(report.stream, every=verbose > 0))
+    if report.stages:
+        tables.append(stages_table(report.stages))
+    console.result(report.to_json(), *tables)
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:

@@ -1,11 +1,14 @@
 """Options that several commands share, spelled as timm spells them where timm has them."""
 
 import ast
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from .processes import world_size
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 
@@ -34,6 +37,21 @@ class ModelKwarg(click.ParamType):
             return key, ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return key, text
+
+
+class Size(click.ParamType):
+    """A memory size, as 512M or 8G, in bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from normswap.errors import ArgumentError
+        from normswap.spill import parse_bytes
+
+        try:
+            return parse_bytes(str(value))
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
 
 
 def architecture_options() -> Callable[[F], F]:
@@ -106,7 +124,7 @@ def output_options() -> Callable[[F], F]:
     return _all(
         click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
         click.option("-q", "--quiet", is_flag=True, help="no talk on stderr"),
-        click.option("-v", "--verbose", count=True, help="-v: warnings and logs; -vv: tracebacks"),
+        click.option("-v", "--verbose", count=True, help="-v: every layer, warnings, logs; -vv: tracebacks"),
     )
 
 
@@ -150,7 +168,9 @@ def pick_device(name: str) -> str:
     from normswap.errors import ArgumentError
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world_size() > 1 else "cuda"
+        return "cpu"
     try:
         torch.zeros(1, device=name).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -82,7 +82,7 @@ def calibrate(
             "readers" the first only. Other methods do not look at it.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free.
-        progress: called with ("calibrate", stops done, stops in all).
+        progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:
         ArgumentError: unknown method, no BatchNorm to set, no images, or a memory budget below one batch.
@@ -113,7 +113,7 @@ def calibrate(
         work.weigh(readers, writers)
         agenda = _agenda(lane, sites, readers, writers)
         for i, (_, item) in enumerate(agenda):
-            progress("calibrate", i, len(agenda))
+            progress(f"calibrate: {_where(item)}", i, len(agenda))
             if isinstance(item, Readers):
                 work.solve_readers(item, writers)
             elif isinstance(item, Writer):
@@ -167,6 +167,10 @@ def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[
     return sorted(agenda, key=lambda entry: entry[0])
 
 
+def _where(item: Any) -> str:
+    return item if isinstance(item, str) else (item.stop if isinstance(item, Writer) else item.stops[0]).path
+
+
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
     """Yield the images `[B, C, H, W]` in batches of ``size``, the last one smaller."""
     held, count = [], 0
@@ -174,6 +178,10 @@ def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
         batch = item[0] if isinstance(item, tuple | list) else item
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
             raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
+        if held and batch.shape[1:] != held[0].shape[1:]:
+            raise ArgumentError(
+                f"images must all have one size; there are {list(held[0].shape[1:])} and {list(batch.shape[1:])}"
+            )
         held.append(batch)
         count += len(batch)
         if count >= size:

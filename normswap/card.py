@@ -1,6 +1,6 @@
 """The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
 
-from .report import ConversionReport, StageMetrics, number
+from .report import STREAM_COLUMNS, STREAM_TITLE, ConversionReport, StageMetrics, kept_layers, number, stream_rows
 
 _STOCK = """Plain timm loads it; normswap is not needed:
 
@@ -39,13 +39,15 @@ def model_card(report: ConversionReport, license_name: str | None) -> str:
         f"normswap {report.versions['normswap']} replaced LayerNorm by BatchNorm and folded it into the neighbouring",
         f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
         "",
-        f"- calibration: `{report.method}` on {report.calibration_data}, without labels",
+        f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
+        *(f"- {line}" for line in kept_layers(report.layers)),
         f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
         f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
         f"- measured on {report.evaluation_data}",
         "",
         *_stage_rows(report.stages),
         "",
+        *_where_it_was_lost(report),
         "## Loading",
         "",
         load,
@@ -69,3 +71,17 @@ def _stage_rows(stages: list[StageMetrics]) -> list[str]:
         cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _cost(report: ConversionReport) -> str:
+    passes = report.calibration_passes
+    return "" if passes is None else f"; it took as long as {passes:.1f} forward passes over them"
+
+
+def _where_it_was_lost(report: ConversionReport) -> list[str]:
+    if not report.stream:
+        return []
+    rows = [f"| {' | '.join(cells)} |" for cells in stream_rows(report.stream)]
+    title = f"{STREAM_TITLE[0].upper()}{STREAM_TITLE[1:]}, before and after the layer named was re-solved"
+    header = f"| {' | '.join(STREAM_COLUMNS)} |"
+    return ["## Where it was lost", "", f"{title}:", "", header, f"|---|{'---:|' * 4}---|", *rows, ""]

@@ -49,7 +49,8 @@ class ModelGraph:
             except Exception as error:  # export raises whatever the model's own code runs into
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise ModelRefusedError(
-                    f"{type(model).__name__}: torch.export cannot trace the forward pass ({reason[0]})"
+                    f"{type(model).__name__}: torch.export cannot trace the forward pass on images of "
+                    f"{list(example.shape[1:])} ({reason[0]})"
                 ) from error
         signature = self.program.graph_signature
         self.attributes: dict[str, str] = {

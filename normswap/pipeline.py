@@ -79,11 +79,13 @@ def convert(
         model: a timm vision transformer with its weights.
         images: calibration images, no labels needed: any iterable of batches `[B, C, H, W]`, normalised as the
             model wants them, or of pairs of images and labels `[B]`. All are held in memory.
-        method: "channel" or "moments", see `normswap.calibrate`.
+        method: "reconstruct", "channel" or "moments", see `normswap.calibrate`.
         ffn_bn: where BatchNorm goes between the FFN's linear layers: "pre-act", "post-act" or "none".
         eval_images: what accuracy and agreement are measured on, in the same form; default: ``images``.
         keep: shell patterns of module paths whose LayerNorm stays; not together with ``plan``.
         plan: from `make_plan`, if you have one.
+        reconstruct: which layers "reconstruct" re-solves, "all" or "readers".
+        memory_budget: bytes that calibration's activations may take in memory; the rest goes to disk.
         atol: largest absolute difference of an output that the fold may cause.
         max_drop: largest tolerated loss of top-1, in points.
         amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
@@ -142,6 +144,7 @@ def convert(
         fits=fitted.sites,
         layers=fitted.layers,
         stream=fitted.stream,
+        reconstruct=reconstruct if method == "reconstruct" else None,
         fold_max_abs_err=difference,
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,
@@ -201,6 +204,10 @@ def _fold_problem(
     exact = max_difference(double, fold_norms(double, input_size=plan.input_size), (b.double() for b in batches))
     if exact > atol:
         return f"{text} (in float64 by {exact:.3g})"
+    dtype = next(calibrated.parameters()).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        return f"{text}; in float64 by {exact:.1g}, so the fold is right but {name} is coarse: convert model.float()"
     return f"{text}; in float64 by {exact:.1g}, so the fold is right but this conversion amplifies rounding errors"
 
 

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -141,6 +142,7 @@ class ConversionReport:
     ffns: list[dict[str, Any]]
     calibration_data: str
     evaluation_data: str
+    reconstruct: str | None = None
     out: str | None = None
     fits: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
@@ -160,6 +162,12 @@ class ConversionReport:
             return None
         return self.stages[0].top1 - self.stages[-1].top1
 
+    @property
+    def calibration_passes(self) -> float | None:
+        """What calibration cost, in plain forward passes of the original over the same images."""
+        calibrate, forward = self.seconds.get("calibrate"), self.seconds.get("forward_pass")
+        return calibrate / forward if calibrate is not None and forward else None
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; the keys are a contract and only grow."""
         record = asdict(self)
@@ -170,6 +178,7 @@ class ConversionReport:
         record["agreement"] = last.agreement if last else None
         record["kl"] = last.kl if last else None
         record["non_finite"] = last.non_finite if last else 0
+        record["calibration_passes"] = self.calibration_passes
         return plain(record)
 
 
@@ -235,6 +244,85 @@ def stages_table(stages: Sequence[StageMetrics], title: str | None = None) -> Ta
         for stage in stages
     ]
     return table(["stage", *numbers], rows, title, right=numbers)
+
+
+def stream_rows(stream: Sequence[StreamError], every: bool = False) -> list[list[str]]:
+    """Return one row per block, or one for ``every`` layer that writes: it shows where the model was lost.
+
+    The columns are `STREAM_COLUMNS`, errors in percent, "before" with the weights that the layer had. The mark is on
+    the rows where the error rises most.
+    """
+    shown = [e for i, e in enumerate(stream) if every or i + 1 == len(stream) or not _same_block(e, stream[i + 1])]
+    error = [0.0] + [max(e.patch, e.prefix or 0.0) for e in shown]
+    rises = [now - before for before, now in pairwise(error)]
+    most = min(_MARKED, len(shown) // 4)
+    marked = {rise for rise in sorted(rises, reverse=True)[:most] if rise > 0}
+    rows = []
+    for e, rise in zip(shown, rises, strict=True):
+        errors = (_percent(v) for v in (e.patch_before, e.patch, e.prefix_before, e.prefix))
+        rows.append([e.after, *errors, "rises most" if rise in marked else ""])
+    return rows
+
+
+STREAM_COLUMNS = ("residual stream after", "patches before", "patches", "prefix before", "prefix", "")
+STREAM_TITLE = "error of the residual stream, % of the original's size"
+_MARKED = 3  # at most; one row in four of a short table
+
+
+def _same_block(a: StreamError, b: StreamError) -> bool:
+    return _block(a.after) == _block(b.after)
+
+
+def _block(path: str) -> str:
+    """Return the path up to its last number, as blocks.3 of blocks.3.mlp.fc2; the path itself if it has none."""
+    parts = path.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else path
+
+
+def _percent(value: float | None) -> str:
+    return number(None if value is None else 100 * value, 1)
+
+
+def stream_table(stream: Sequence[StreamError], every: bool = False) -> Table:
+    """Return `stream_rows` as a table."""
+    return table(STREAM_COLUMNS, stream_rows(stream, every), STREAM_TITLE, right=STREAM_COLUMNS[1:5])
+
+
+def sites_table(fits: Sequence[SiteFit]) -> Table:
+    """Return one row per norm: how much of LayerNorm's output an affine map of each channel explains."""
+    numbers = ["tokens", "R2 same input", "R2 original"]
+    rows = [[f.site, str(f.samples), number(f.r2, 4), number(f.r2_original, 4)] for f in fits]
+    return table(["norm", *numbers], rows, "norms", numbers)
+
+
+def layers_table(layers: Sequence[LayerFit]) -> Table:
+    """Return one row per layer that could be re-solved."""
+    numbers = ["rows", "R2 before", "R2", "penalty", "refined to"]
+    rows = [
+        [
+            f.layer,
+            f.role,
+            str(f.samples),
+            number(f.r2_before, 4),
+            number(f.r2, 4),
+            "-" if f.penalty is None else f"{f.penalty:g}",
+            number(None if f.reason else f.refined),
+            f"kept: {f.reason}" if f.reason else "",
+        ]
+        for f in layers
+    ]
+    return table(["layer", "role", *numbers, "weights"], rows, "layers", right=numbers)
+
+
+def kept_layers(layers: Sequence[LayerFit], most: int = 3) -> list[str]:
+    """Return lines that say how many layers kept their weights and why, at most ``most`` of them by name."""
+    kept = [f for f in layers if f.reason]
+    if not kept:
+        return []
+    lines = [f"{len(kept)} of {len(layers)} layers kept their weights"]
+    lines += [f"{f.layer}: {f.reason}" for f in kept[:most]]
+    return [*lines, f"and {len(kept) - most} more"] if len(kept) > most else lines
 
 
 def render(renderable: Table, width: int = 120) -> str:

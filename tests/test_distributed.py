@@ -1,0 +1,127 @@
+"""Several processes, each with its share of the images: the model that one process alone makes, on each of them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+
+import normswap
+from normswap.calibrate import BATCH_SIZE
+from normswap.demo import FOLDER, MODEL
+from normswap.report import Calibration
+
+from .models import family, images
+from .test_cli import DEMO, FILES
+from .tolerance import PROCESSES
+
+WORLD = 2
+TIMEOUT = 300  # seconds, for what takes ten
+
+
+def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibration]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if name == "demo":
+        model = normswap.load_model(MODEL).double()
+        batches = [batch for batch, _ in normswap.load_images(model, FOLDER, "train").draw(count, 0)]
+    else:
+        model = family(name, torch.float64)
+        batches = [images(model, count)]
+    swapped = normswap.swap_norms(model)
+    return swapped, normswap.calibrate(swapped, batches, original=model, method=method)
+
+
+def _rank(rank: int, folder: Path, *arguments) -> None:
+    """Do the work of one process; what it finds goes to a file."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    try:
+        swapped, found = _calibrated(*arguments)
+    except normswap.NormswapError as error:
+        torch.save(str(error), folder / f"{rank}.pt")
+    else:
+        torch.save((swapped.state_dict(), found), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def _together(folder: Path, *arguments) -> list:
+    started = multiprocessing.start_processes(
+        _rank, (folder, *arguments), nprocs=WORLD, join=False, start_method="spawn"
+    )
+    try:
+        assert started.join(timeout=TIMEOUT) or started.join(timeout=TIMEOUT), "the processes wait for each other"
+    finally:
+        for process in started.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+# Seven batches: one process has four, the other three. In the second case one has nothing but the last, small batch.
+CASES = {
+    "reconstruct": ("demo", 6 * BATCH_SIZE + 5, "reconstruct"),
+    "one small batch": ("clip", BATCH_SIZE + 5, "reconstruct"),
+    "channel": ("qk_norm_no_bias", 2 * BATCH_SIZE, "channel"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_agree_with_one(tmp_path, case):
+    swapped, alone = _calibrated(*CASES[case])
+    (first, found), (second, _) = _together(tmp_path, *CASES[case])
+    for name, tensor in swapped.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        size = float(tensor.abs().max())
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=PROCESSES * size, msg=name)
+    x = images(swapped, 4)
+    with torch.no_grad():
+        answer = swapped.eval()(x)
+        swapped.load_state_dict(first)
+        torch.testing.assert_close(swapped(x), answer, rtol=PROCESSES, atol=PROCESSES)
+    assert [(fit.site, fit.samples) for fit in found.sites] == [(fit.site, fit.samples) for fit in alone.sites]
+    assert [(fit.layer, fit.samples, fit.penalty, fit.reason) for fit in found.layers] == [
+        (fit.layer, fit.samples, fit.penalty, fit.reason) for fit in alone.layers
+    ]
+    if case == "reconstruct":  # else the gradient steps, which take most care, would not be tested
+        assert any(fit.refined < 1 for fit in found.layers)
+    for one, other in zip(alone.layers, found.layers, strict=True):
+        assert one.reason or other.r2 == pytest.approx(one.r2, rel=PROCESSES)
+
+
+def test_more_processes_than_batches(tmp_path):
+    said = _together(tmp_path, "vit", BATCH_SIZE, "reconstruct")
+    assert said == [said[0]] * WORLD
+    assert "at least 2 batches" in said[0]
+
+
+def _torchrun(*arguments) -> subprocess.CompletedProcess:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={WORLD}", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", "-m", "normswap_cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_torchrun_writes_and_prints_once(tmp_path):
+    out = tmp_path / "out"
+    done = _torchrun("convert", *DEMO, "--calib-samples", 96, "-o", out, "--no-labels")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for label in ("load  ", "plan  ", "calibrate  ", "fold  ", "wrote  "):
+        assert len(re.findall(rf"^{label}", done.stderr, re.M)) == 1, done.stderr
+    assert len(re.findall(r"^fused ", done.stdout, re.M)) == 1
+
+
+def test_torchrun_fails_in_one_line(tmp_path):
+    done = _torchrun("convert", *DEMO, "--calib-samples", 8, "-o", tmp_path / "out")
+    assert done.returncode != 0
+    assert len(re.findall(r"^Error: 2 processes want at least 2 batches", done.stderr, re.M)) == 1, done.stderr
+    assert not list(tmp_path.iterdir())
