@@ -173,7 +173,8 @@ def _where(item: Any) -> str:
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
     """Yield the images `[B, C, H, W]` in batches of ``size``, the last one smaller."""
-    held, count = [], 0
+    held: list[torch.Tensor] = []
+    count = 0
     for item in images:
         batch = item[0] if isinstance(item, tuple | list) else item
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
