@@ -170,7 +170,7 @@ class Reconstruction:
         weight = torch.cat([layer.weight.detach().flatten(1) for layer in layers]).double()  # [O, K]
         bias = torch.cat([_bias(layer) for layer in layers]).double()
         if not grams.finite:
-            raise CalibrationError(f"{paths[0]}: an image or a weight gives NaN or infinity before it")
+            raise CalibrationError(f"{paths[0]}: sums are not finite: an image or a weight gives NaN or infinity there")
         rows, inputs = grams.seen, weight.shape[1]
         if not grams.enough(inputs):
             need = f"{inputs} inputs want at least {ROWS_PER_INPUT * inputs} rows, these images give {rows}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import ArgumentError
+from .errors import ArgumentError, OutputError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -59,6 +59,7 @@ class Store:
 
         Raises:
             ArgumentError: they alone are larger than the budget.
+            OutputError: they do not fit on the disk either.
         """
         size = _bytes(values)
         if size > self.budget:
@@ -71,7 +72,13 @@ class Store:
             self.peak = max(self.peak, used + size)
             return
         self.on_disk.add(index)
-        torch.save(values, self._file(index))
+        try:
+            torch.save(values, self._file(index))
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+            raise OutputError(
+                f"{self.folder or tempfile.gettempdir()}: activations beyond the memory budget cannot be written "
+                f"({str(error).splitlines()[0]}): give a larger --memory-budget, or a larger disk with TMPDIR"
+            ) from error
 
     def take(self, index: int) -> dict[str, Any]:
         """Give back the values of one batch."""

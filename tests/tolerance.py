@@ -10,6 +10,6 @@ LINEAR_FLOAT64 = 1e-10
 MOMENTS = 1e-9
 # The same statistic from differently split batches: only the order of float64 additions changes.
 SPLIT = 1e-9
-# Weights and answers of a model that several processes calibrate against one: sums in another order, 1e-15, are
-# amplified by solves to 1e-13 and by forty steps of Adam, which divides by gradients however small, to 3e-9.
+# What several processes calibrate against what one does: sums in another order, 1e-15, become 1e-13
+# by solves and 3e-9 by forty steps of Adam, which divides by gradients however small.
 PROCESSES = 1e-8
