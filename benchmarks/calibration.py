@@ -23,6 +23,22 @@ from normswap.data import load_splits
 from normswap.report import versions
 
 
+class Recorded(torch.nn.Module):
+    """The original, which answers the same evaluation batches again and again, run once."""
+
+    def __init__(self, model: torch.nn.Module, batches: list) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.outputs = [model(images) for images, _ in batches]
+        self.at = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the answers `[B, K]` to the next batch."""
+        output = self.outputs[self.at % len(self.outputs)]
+        self.at += 1
+        return output
+
+
 def plain_pass(model: torch.nn.Module, images: torch.Tensor) -> float:
     """Return the seconds that the model takes for all images `[N, C, H, W]`."""
     start = time.perf_counter()
@@ -32,7 +48,7 @@ def plain_pass(model: torch.nn.Module, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: torch.nn.Module, images: torch.Tensor, evaluation: list, **options: str) -> dict:
+def measure(model: torch.nn.Module, recorded: Recorded, images: torch.Tensor, evaluation: list, **options: str) -> dict:
     """Return one row of the table."""
     swapped = normswap.swap_norms(model)
     before = plain_pass(model, images)
@@ -41,7 +57,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, evaluation: list, **op
     seconds = time.perf_counter() - start
     passes = sorted([before, plain_pass(model, images)])
     fused = normswap.fold_norms(swapped.eval())
-    original, stage = normswap.evaluate_models({"original": model, "fused": fused}, evaluation)
+    original, stage = normswap.evaluate_models({"original": recorded, "fused": fused}, evaluation)
     return {
         "original": original.top1,
         "top1": stage.top1,
@@ -106,6 +122,7 @@ def main(
     machine = f"{platform.machine()}, {torch.get_num_threads()} thread of {torch.backends.cpu.get_cpu_capability()}"
     record |= {"model": model, "machine": machine, "date": str(date.today()), "versions": versions()}
     evaluation = list(validation)
+    recorded = Recorded(original.eval(), evaluation)
     for size in sizes:
         for seed in seeds:
             images = None
@@ -116,7 +133,7 @@ def main(
                 if images is None:
                     images = torch.cat([batch for batch, _ in train.draw(size, seed)])
                 options = {"method": "reconstruct", "reconstruct": "readers"} if method == "readers" else {}
-                found = measure(original, images, evaluation, **(options or {"method": method}))
+                found = measure(original, recorded, images, evaluation, **(options or {"method": method}))
                 record["rows"].append(key | found)
                 out.write_text(json.dumps(record, indent=1) + "\n")
                 click.echo(json.dumps(key | found), err=True)

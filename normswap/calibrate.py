@@ -16,7 +16,7 @@ from .estimate import METHODS
 from .gram import fast_products
 from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
-from .moments import Moments
+from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
 from .reconstruct import Reconstruction
 from .report import Calibration
@@ -28,7 +28,6 @@ Progress = Callable[[str, int, int], None]
 RECONSTRUCT = ("all", "readers")
 # Images that go through the models together. Small enough for the caches, large enough for the matrix products.
 BATCH_SIZE = 32
-_IN_CACHE = 256  # rows of moments to take at once
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -42,7 +41,7 @@ class _MapObserver(Observer):
         self.path, self.norm, self.moments = path, norm, Moments()
 
     def __call__(self, x: torch.Tensor) -> None:
-        for part in _tokens(x, self.norm).split(_IN_CACHE):  # the hidden width of an FFN does not fit whole
+        for part in _tokens(x, self.norm).split(CACHED_ROWS):
             self.moments.update(part)
 
     def solve(self) -> None:

@@ -10,6 +10,9 @@ import torch
 
 from .distributed import all_sum
 
+# Samples to give at once where there is a choice: so many rows stay in the processor's cache from step to step.
+CACHED_ROWS = 256
+
 
 class Moments:
     """Running mean and variance of the channels of `[M, C]` samples.

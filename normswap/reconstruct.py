@@ -17,6 +17,7 @@ from .estimate import METHODS
 from .gram import Gram, Solution, solve
 from .influence import row_weights, token_influence
 from .lockstep import Batch, Lane, Lockstep, Stop
+from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
 from .refine import Branch, Problem
 from .report import Calibration, LayerFit, StreamError
@@ -31,7 +32,7 @@ MEASURED = 4
 ROWS_PER_INPUT = 1
 # More rows than this, or than so many per input, are thinned out at random: their products would cost more than both
 # models together, and the last ones would hardly change the solution (docs/calibration.md).
-ROWS_KEPT, ROWS_KEPT_PER_INPUT = 32768, 24
+ROWS_KEPT, ROWS_KEPT_PER_INPUT = 32768, 20
 
 
 class Reconstruction:
@@ -71,7 +72,9 @@ class Reconstruction:
         for batch in self.lockstep.visit(site, writer.stop if writer else site, [site]):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            estimator.update(_tokens(x, norm), _tokens(batch.collected[site], norm))
+            tokens, targets = _tokens(x, norm), _tokens(batch.collected[site], norm)
+            for part, target in zip(tokens.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True):
+                estimator.update(part, target)
         self.result.sites.append(estimator.solve(path))
 
     def solve_readers(self, readers: Readers, writers: list[Writer]) -> None:
