@@ -264,4 +264,4 @@ def _ridge(moments: Moments2, weight: torch.Tensor, penalty: float) -> torch.Ten
 def _r2(spread: Moments2, weight: torch.Tensor, offset: torch.Tensor) -> float:
     total = float(spread.yy.sum())
     left = float((spread.error(weight) + offset.square()).sum())
-    return 1 - left / total if total > 0 else float(left == 0)
+    return 1 - max(left, 0.0) / total if total > 0 else float(left == 0)  # rounding may leave less than nothing

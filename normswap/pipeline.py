@@ -121,7 +121,8 @@ def convert(
         for i, batch in enumerate(batches):
             progress("forward pass", i + 1, len(batches))
             model(batch)
-    original = copy.deepcopy(model).eval() if model.training else model
+    # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
+    original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
     swapped = swap_norms(original, plan, ffn_bn)
     calibrated = copy.deepcopy(swapped)
     with clock("calibrate"):
