@@ -37,6 +37,8 @@ def token_influence(
     (output,) = lane.graph.outputs()
     with torch.enable_grad():
         values = lane.run({lane.inputs[0]: images}, 0, len(lane.steps), collect=[*nodes.values(), output])
+        if not torch.isfinite(values[output]).all():  # the site where that begins is named when its turn comes
+            return {stop: torch.ones(1, device=images.device) for stop in nodes}
         wanted = [values[node] for node in nodes.values()]
         squares = [torch.zeros_like(value) for value in wanted]
         for loss in _losses(values[output], int(getattr(original, "num_classes", 0) or 0)):
