@@ -181,7 +181,7 @@ def test_what_no_single_solve_can_set_is_left_alone(read, layer):
     "conv", [nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 2, 2), nn.Conv2d(8, 5, 2, dilation=2), nn.Conv2d(8, 5, 1, bias=False)]
 )
 def test_convolutions_are_solved_as_lstsq_solves_them(conv):
-    """On noise there is nothing to regularise: the penalty is small, the solution close to plain least squares."""
+    """On noise there is nothing to regularise, the penalty is small, the solution close to plain least squares."""
     model = _Net(lambda m, y: m.conv(_image(y)), conv=conv).double().eval()
     x = torch.randn(COUNT, 3, 8, 8).double()
     swapped = swap_norms(model, make_plan(model, input_size=(3, 8, 8)))
