@@ -28,6 +28,7 @@ class Recorded(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, batches: list) -> None:
         super().__init__()
+        self.model = model
         with torch.no_grad():
             self.outputs = [model(images) for images, _ in batches]
         self.at = 0

@@ -94,7 +94,7 @@ def calibrate(
         raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm: swap first")
     observers = {path: _MapObserver(path, norm) for path, norm in norms.items() if path not in sites}
     weight = next(original.parameters())
-    batches = (batch.to(weight) for batch in rebatched(images, BATCH_SIZE))
+    batches = (batch.to(weight) for batch in shuffled(images, BATCH_SIZE))
     budget = default_budget() if memory_budget is None else memory_budget
     with (
         eval_mode(original, swapped),
@@ -168,6 +168,17 @@ def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[
 
 def _where(item: Any) -> str:
     return item if isinstance(item, str) else (item.stop if isinstance(item, Writer) else item.stops[0]).path
+
+
+def shuffled(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
+    """Yield the images `[B, C, H, W]` in batches of ``size``, in an order that is random but always the same.
+
+    Folders are read class by class. In that order the images held out would be of other classes than those fitted to.
+    """
+    found = [image for batch in rebatched(images, size) for image in batch]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
+    for indices in order if found else ():
+        yield torch.stack([found[index] for index in indices.tolist()])  # [C, H, W] each -> [B, C, H, W]
 
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
