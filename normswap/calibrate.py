@@ -13,9 +13,10 @@ from torch import nn
 
 from .errors import ArgumentError, CalibrationError
 from .estimate import METHODS
+from .gram import fast_products
 from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
-from .moments import Moments
+from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
 from .reconstruct import Reconstruction
 from .report import Calibration
@@ -40,7 +41,8 @@ class _MapObserver(Observer):
         self.path, self.norm, self.moments = path, norm, Moments()
 
     def __call__(self, x: torch.Tensor) -> None:
-        self.moments.update(_tokens(x, self.norm))
+        for part in _tokens(x, self.norm).split(CACHED_ROWS):
+            self.moments.update(part)
 
     def solve(self) -> None:
         """Take the statistics as running mean and variance, and a weight and bias that keep the map."""
@@ -94,7 +96,11 @@ def calibrate(
     weight = next(original.parameters())
     batches = (batch.to(weight) for batch in rebatched(images, BATCH_SIZE))
     budget = default_budget() if memory_budget is None else memory_budget
-    with eval_mode(original, swapped), Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep:
+    with (
+        eval_mode(original, swapped),
+        fast_products(),
+        Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep,
+    ):
         if lockstep.first is None:
             raise ArgumentError("no images to calibrate on")
         lane = lockstep.first[1]
@@ -103,6 +109,7 @@ def calibrate(
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
         writers = [w for w in writers if not _crossed(lane, w, stops)]
+        work.weigh(readers, writers)
         agenda = _agenda(lane, sites, readers, writers)
         for i, (_, item) in enumerate(agenda):
             progress(f"calibrate: {_where(item)}", i, len(agenda))
@@ -165,7 +172,8 @@ def _where(item: Any) -> str:
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
     """Yield the images `[B, C, H, W]` in batches of ``size``, the last one smaller."""
-    held, count = [], 0
+    held: list[torch.Tensor] = []
+    count = 0
     for item in images:
         batch = item[0] if isinstance(item, tuple | list) else item
         if not isinstance(batch, torch.Tensor) or batch.ndim != 4:

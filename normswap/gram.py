@@ -7,6 +7,8 @@ run in the data's dtype, sums over batches in float64: with float32 data an entr
 four orders below the weakest penalty of `PENALTIES`.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +16,29 @@ import torch
 from .distributed import all_sum, from_first
 
 # Relative to the mean square of each input channel. The largest leaves a layer nearly as it was.
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 # Each product is made of blocks this wide; of the symmetric one only the upper blocks are computed.
 _BLOCK = 512
+# So many batches are summed in the data's dtype before they join the float64 sum.
+_RECENT = 8
 # The penalty is chosen on so many outputs; all of them would cost as much as the solution itself.
 _CHOSEN_ON = 64
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let float32 matrix products use the processor's bfloat16 or TF32 units, where it has them.
+
+    Each factor is then rounded to 8 bits at least, the sums are float32. To a least-squares problem that is noise of
+    variance 1e-6 (relative to a channel's own mean square about the pivot), a hundredth of the weakest penalty, and to
+    the activations a thousandth of what the conversion itself moves them. float64 products stay as they are.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Gram:
@@ -31,39 +51,68 @@ class Gram:
     def __init__(self, pivot_x: torch.Tensor, pivot_y: torch.Tensor) -> None:
         self.pivot_x, self.pivot_y = pivot_x, pivot_y
         k, o = len(pivot_x), len(pivot_y)
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=pivot_x.device)
-
-        self.count = zeros()
-        self.x, self.y = zeros(k), zeros(o)
-        self.xx, self.xy, self.yy = zeros(k, k), zeros(k, o), zeros(o)
+        self.count, self.x, self.y, self.xx, self.xy, self.yy = (
+            torch.zeros(size, dtype=torch.float64, device=pivot_x.device)
+            for size in ((), (k,), (o,), (k, k), (k, o), (o,))
+        )
+        # Large products of the last few batches, in the data's dtype: a float64 sum of each would cost as much again.
+        self._recent: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._batches = 0
 
     @staticmethod
-    def like(x: torch.Tensor, y: torch.Tensor) -> "Gram":
+    def like(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> "Gram":
         """Return an empty one with the means of this batch, `[M, K]` and `[M, O]`, as pivot, on every process."""
-        pivots = (t.mean(0, dtype=_accumulate(t)).to(t.dtype) for t in (x, y))
+        share = torch.ones(len(x), device=x.device) if weights is None else weights
+        share = (share / share.sum()).double()
+        pivots = ((share @ t.double()).to(t.dtype) for t in (x, y))
         return Gram(*(from_first(pivot) for pivot in pivots))
 
     def empty(self) -> "Gram":
         """Return an empty one about the same pivot."""
         return Gram(self.pivot_x, self.pivot_y)
 
-    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add inputs `[M, K]` and targets `[M, O]`."""
+    def update(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add inputs `[M, K]` and targets `[M, O]`; each row counts as often as its weight `[M]` says, or once."""
         x, y = x - self.pivot_x, y - self.pivot_y
-        self.count += len(x)
-        self.x += x.sum(0, dtype=torch.float64)
-        self.y += y.sum(0, dtype=torch.float64)
-        self.yy += y.square().sum(0, dtype=torch.float64)
-        self.xy += x.T @ y
+        if self._recent is None:
+            self._recent = torch.zeros_like(self.xx, dtype=x.dtype), torch.zeros_like(self.xy, dtype=x.dtype)
+        xx, xy = self._recent
+        if weights is None:
+            self.count += len(x)
+            self.x += x.sum(0)
+            self.y += y.sum(0)
+            self.yy += y.square().sum(0)
+            xy += x.T @ y
+        else:
+            weights = weights.to(x.dtype)
+            root = weights.sqrt()[:, None]
+            self.count += weights.sum()
+            self.x += weights @ x
+            self.y += weights @ y
+            self.yy += weights @ y.square()
+            x *= root
+            # The narrower of the two takes the other half of the weight.
+            xy += (x * root).T @ y if x.shape[1] < y.shape[1] else x.T @ (y * root)
         for start in range(0, x.shape[1], _BLOCK):
             end = start + _BLOCK
-            self.xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
+            xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
+        self._batches += 1
+        if self._batches % _RECENT == 0:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._recent is not None:
+            self.xx += self._recent[0]
+            self.xy += self._recent[1]
+            self._recent = None
 
     def reduce(self) -> "Gram":
-        """Add the sums of all processes, in place."""
+        """Add the sums of all processes, in place. Nothing can be read before."""
+        self._settle()
         all_sum(self.count, self.x, self.y, self.xx, self.xy, self.yy)
+        upper = self.xx.triu()
+        self.xx = upper + upper.T
+        self.xx.diagonal().div_(2)
         return self
 
     def __add__(self, other: "Gram") -> "Gram":
@@ -81,14 +130,15 @@ class Gram:
     def about(self, x: torch.Tensor, y: torch.Tensor) -> "Moments2":
         """Return the mean products of x and y about the given points `[K]` and `[O]`, float64."""
         n = self.count.clamp(min=1)
-        at_x, at_y = x - self.pivot_x.double(), y - self.pivot_y.double()
         mean_x, mean_y = self.x / n, self.y / n
-        upper = self.xx.triu()
-        xx = (upper + upper.T - upper.diagonal().diag()) / n
-        # E[(x - a)(x - a)'] with a measured from the pivot
-        xx = xx - torch.outer(mean_x, at_x) - torch.outer(at_x, mean_x) + torch.outer(at_x, at_x)
-        xy = self.xy / n - torch.outer(mean_x, at_y) - torch.outer(at_x, mean_y) + torch.outer(at_x, at_y)
-        yy = self.yy / n - 2 * at_y * mean_y + at_y.square()
+        # From the pivot to the mean, and from there to the point.
+        off_x, off_y = x - self.pivot_x.double() - mean_x, y - self.pivot_y.double() - mean_y
+        xx = (self.xx / n).addr_(mean_x, mean_x, alpha=-1)
+        xy = (self.xy / n).addr_(mean_x, mean_y, alpha=-1)
+        if off_x.any():
+            xx.addr_(off_x, off_x)
+            xy.addr_(off_x, off_y)
+        yy = self.yy / n - mean_y.square() + off_y.square()
         return Moments2(xx, xy, yy)
 
     @property
@@ -126,7 +176,14 @@ class Solution:
     r2: float
 
 
-def solve(fit: Gram, held_out: Gram, weight: torch.Tensor, bias: torch.Tensor, intercept: bool = True) -> Solution:
+def solve(
+    fit: Gram,
+    held_out: Gram,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    intercept: bool = True,
+    guess: float = 1e-1,
+) -> Solution:
     """Return the linear layer that gives the targets best, drawn towards the layer as it is.
 
     Minimises the mean of ``|y - W x - b|^2`` plus ``penalty * sum_k v_k |W_k - weight_k|^2``, where v_k is the
@@ -138,6 +195,7 @@ def solve(fit: Gram, held_out: Gram, weight: torch.Tensor, bias: torch.Tensor, i
         fit, held_out: from disjoint sets of images, with the same pivot.
         weight, bias: `[O, K]` and `[O]`, the layer before.
         intercept: False to leave the bias as it is (a layer without one has zeros).
+        guess: the one of `PENALTIES` to try first; a good guess saves factorisations.
     """
     weight, bias = weight.detach().double(), bias.detach().double()
     if not held_out.count:
@@ -148,19 +206,36 @@ def solve(fit: Gram, held_out: Gram, weight: torch.Tensor, bias: torch.Tensor, i
     part = Moments2(moments.xx, moments.xy[:, outputs], moments.yy[outputs])
     test = held_out.about(*centre)
     test = Moments2(test.xx, test.xy[:, outputs], test.yy[outputs])
-    errors = [float(test.error(_ridge(part, weight[outputs], p)).sum()) for p in PENALTIES]
-    penalty = PENALTIES[errors.index(min(errors))]
+
+    def error(index: int) -> float:
+        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index])).sum())
+
+    penalty = PENALTIES[_lowest(error, PENALTIES.index(guess), len(PENALTIES))]
     total = fit + held_out if held_out is not fit else fit
     centre = _centre(total, bias, intercept)
     moments = total.about(*centre)
     solved = _ridge(moments, weight, penalty)
     shift = centre[1] - solved @ centre[0] if intercept else torch.zeros_like(bias)
-    mean_x, mean_y = total.means()
-    spread = total.about(mean_x, mean_y)
+    mean_x, mean_y = centre if intercept else total.means()
+    spread = moments if intercept else total.about(mean_x, mean_y)
     r2_before, r2 = (
         _r2(spread, w, mean_y - w @ mean_x - b) for w, b in ((weight, bias), (solved, shift if intercept else bias))
     )
     return Solution(solved, shift, penalty, r2_before, r2)
+
+
+def _lowest(error: Callable[[int], float], start: int, count: int) -> int:
+    """Return the index with the lowest error, walking downhill from ``start``; each one tried costs a factorisation."""
+    tried = {start: error(start)}
+    at = start
+    while True:
+        for index in (at - 1, at + 1):
+            if 0 <= index < count and index not in tried:
+                tried[index] = error(index)
+        best = min(tried, key=lambda index: tried[index])
+        if best == at:
+            return at
+        at = best
 
 
 def _centre(gram: Gram, bias: torch.Tensor, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +265,3 @@ def _r2(spread: Moments2, weight: torch.Tensor, offset: torch.Tensor) -> float:
     total = float(spread.yy.sum())
     left = float((spread.error(weight) + offset.square()).sum())
     return 1 - max(left, 0.0) / total if total > 0 else float(left == 0)  # rounding may leave less than nothing
-
-
-def _accumulate(t: torch.Tensor) -> torch.dtype:
-    return torch.float64 if t.device.type != "mps" else torch.float32

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .distributed import world
 from .errors import ArgumentError, CalibrationError
@@ -18,6 +19,8 @@ from .graph import Call, ModelGraph, operation, owner
 from .spill import Store
 
 Values = dict[fx.Node, Any]
+# Of the attention scores of one batch, which plain products hold in memory.
+_SCORE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,18 @@ class Step:
         return [self.call.input] if self.call else self.node.all_input_nodes
 
 
+def attention_kernels(nodes: Iterable[fx.Node]) -> list[SDPBackend]:
+    """Return how to compute attention: as plain products while their scores fit, which is the faster way on a CPU."""
+    scores, on_cpu = 0, True
+    for node in nodes:
+        if operation(node) == "scaled_dot_product_attention":
+            query, key = (n.meta["val"] for n in node.all_input_nodes[:2])
+            on_cpu = on_cpu and query.device.type == "cpu"
+            scores = max(scores, query.shape[:-1].numel() * key.shape[-2])
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return [SDPBackend.MATH] if on_cpu and scores * 4 <= _SCORE_BYTES else fused
+
+
 class Lane:
     """One exported model as a list of steps; the modules in ``live`` are called, not replayed from the graph."""
 
@@ -73,6 +88,7 @@ class Lane:
                     step.dead_after.append(source)
         self.inputs = [n for n in self.graph.nodes if n.op == "placeholder" and self.graph.attribute(n) is None]
         self.by_name = {node.name: node for node in self.graph.nodes}
+        self.kernels = attention_kernels(self.graph.nodes)
 
     def _name(self, node: fx.Node, call: Call | None) -> None:
         stop = Stop(call.path) if call else Stop(owner(node), operation(node))
@@ -107,18 +123,19 @@ class Lane:
         """
         wanted = set(collect)
         collected = {node: values[node] for node in wanted if node in values}
-        for step in self.steps[start:end]:
-            if step.call is not None:
-                x = values[step.call.input]
-                if observers and step.call.path in observers:
-                    observers[step.call.path](x)
-                values[step.node] = self.model.get_submodule(step.call.path)(x)
-            else:
-                values[step.node] = self.execute(step.node, values)
-            if step.node in wanted:
-                collected[step.node] = values[step.node]
-            for node in step.dead_after:
-                values.pop(node, None)
+        with sdpa_kernel(self.kernels):
+            for step in self.steps[start:end]:
+                if step.call is not None:
+                    x = values[step.call.input]
+                    if observers and step.call.path in observers:
+                        observers[step.call.path](x)
+                    values[step.node] = self.model.get_submodule(step.call.path)(x)
+                else:
+                    values[step.node] = self.execute(step.node, values)
+                if step.node in wanted:
+                    collected[step.node] = values[step.node]
+                for node in step.dead_after:
+                    values.pop(node, None)
         return collected
 
     def execute(self, node: fx.Node, values: Values) -> Any:
@@ -229,7 +246,8 @@ class Lockstep:
         observers: "dict[str, Observer]",
         budget: int,
     ) -> None:
-        self.observers = observers
+        self.observers, self.sites = observers, list(sites)
+        self.sample = torch.empty(0)  # the first batch, on every process
         self.lanes: dict[torch.Size, tuple[Lane, Lane]] = {}
         self.store = Store(budget)
         self.batches: list[_Progress] = []
@@ -240,7 +258,8 @@ class Lockstep:
             if batch.shape not in self.lanes:  # the shape is baked into a graph; a loader gives two at most
                 live = [*sites, *observers]
                 self.lanes[batch.shape] = (Lane(original, batch, sites), Lane(converted, batch, live))
-            self.first = self.first or self.lanes[batch.shape]
+            if self.first is None:
+                self.first, self.sample = self.lanes[batch.shape], batch
             count = i + 1
             if i % size == rank:
                 self.batches.append(_Progress(batch, self.lanes[batch.shape]))

@@ -10,6 +10,9 @@ import torch
 
 from .distributed import all_sum
 
+# Samples to give at once where there is a choice: so many rows stay in the processor's cache from step to step.
+CACHED_ROWS = 256
+
 
 class Moments:
     """Running mean and variance of the channels of `[M, C]` samples.
@@ -23,24 +26,25 @@ class Moments:
         self.count = 0
         self.mean = torch.zeros(0, dtype=torch.float64)
         self._sum_sq = self.mean
+        self._pivot = self.mean
 
     def update(self, samples: torch.Tensor) -> torch.Tensor:
         """Add samples `[M, C]` of any dtype; return them centred on the mean of this batch, `[M, C]`.
 
-        Differences from the mean are taken in the samples' dtype (float32 at least), sums of them in float64.
+        Within a batch everything is a difference from a pivot (the first batch's mean) in the samples' dtype, float32
+        at least, so a large mean cancels in the data before anything is summed; batches merge in float64.
         """
         x = _wide(samples)
         if self.count == 0:
+            self._pivot = x.mean(0, dtype=torch.float64).to(x.dtype)
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
             self._sum_sq = self.mean.clone()
-        mean = x.mean(0, dtype=torch.float64)
-        centred = x - mean.to(x.dtype)
-        if x.dtype != torch.float64:
-            # The mean was rounded to x's dtype. x minus it is exact where it matters, so this takes the rest out.
-            rest = centred.mean(0, dtype=torch.float64)
-            centred -= rest.to(x.dtype)
+        centred = x - self._pivot
+        offset = centred.mean(0)
+        centred -= offset
+        mean = self._pivot.double() + offset.double()
         delta, total = mean - self.mean, self.count + len(x)
-        spread = centred.square().sum(0, dtype=torch.float64)
+        spread = centred.square().sum(0).double()
         self._sum_sq = self._sum_sq + spread + delta.square() * (self.count * len(x) / total)
         self.mean = self.mean + delta * (len(x) / total)
         self.count = total
@@ -85,7 +89,7 @@ class JointMoments:
         centred_x = self.x.update(x)
         for i, (moments, target) in enumerate(zip(self.y, targets, strict=True)):
             mean_y = moments.mean
-            product = (centred_x * moments.update(target)).sum(0, dtype=torch.float64)
+            product = (centred_x * moments.update(target)).sum(0).double()
             if count:
                 # How far the merged mean moved is (distance of the batch mean) * M / total, so this is Chan's
                 # distance_x * distance_y * count * M / total.

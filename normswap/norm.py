@@ -72,7 +72,9 @@ class TokenBatchNorm(nn.BatchNorm1d):
         sigma = (self.running_var + self.eps).sqrt()
         scale = self.weight / sigma
         shift = self.bias - self.running_mean * scale
-        return input * _along(scale, input, self.channel_dim) + _along(shift, input, self.channel_dim)
+        return torch.addcmul(
+            _along(shift, input, self.channel_dim), input, _along(scale, input, self.channel_dim)
+        )  # one pass over the tokens instead of two
 
 
 class TokenBatchNorm2d(TokenBatchNorm):

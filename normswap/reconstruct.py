@@ -5,20 +5,23 @@ stream, which has drifted, back on the original's. That is layer-wise reconstruc
 Brain Compression", section 3; Frantar et al. 2023, "GPTQ") with the original's activations as targets throughout.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from .distributed import all_sum, world
+from .distributed import all_sum, gathered, world
 from .errors import CalibrationError
 from .estimate import METHODS
 from .gram import Gram, Solution, solve
+from .influence import row_weights, token_influence
 from .lockstep import Batch, Lane, Lockstep, Stop
+from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
 from .refine import Branch, Problem
 from .report import Calibration, LayerFit, StreamError
-from .route import Readers, Route, Writer, layer_at, rows_in, rows_out
+from .route import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
 
 # One batch in five chooses the penalty and decides on the refinement.
 HELD_OUT = 5
@@ -27,6 +30,9 @@ MEASURED = 4
 # A layer with K inputs is solved from at least so many rows per input; below it keeps its weights. Rows of one image
 # resemble each other, so fewer would fit the images at hand and no others.
 ROWS_PER_INPUT = 1
+# More rows than this, or than so many per input, are thinned out at random: their products would cost more than both
+# models together, and the last ones would hardly change the solution (docs/calibration.md).
+ROWS_KEPT, ROWS_KEPT_PER_INPUT = 32768, 20
 
 
 class Reconstruction:
@@ -41,9 +47,23 @@ class Reconstruction:
 
     def __init__(self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
+        self.weights: dict[Stop, torch.Tensor] = {}
+        self.penalties: dict[torch.Size, float] = {}
+        self.batches = sum(gathered(len(lockstep.batches)))
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
         self.result = Calibration()
         self.routes: dict[tuple[int, Stop], Route] = {}
+
+    def weigh(self, readers: list[Readers], writers: list[Writer]) -> None:
+        """Find out how much each token counts, at every layer that will be solved."""
+        lane, stops = self._lane, {}
+        for stop in [stop for group in readers for stop in group.stops] + [writer.stop for writer in writers]:
+            stops[stop] = _channel_dim(layer_at(lane, stop))
+        for writer in writers:
+            with suppress(ValueError):  # a way that cannot be followed is reported when its turn comes
+                stops[writer.end] = self._route(lane, writer).end_dim
+        if stops:
+            self.weights = token_influence(self.original, self.lockstep.sample, self.lockstep.sites, stops)
 
     def set_norm(self, path: str, writer: Writer | None) -> None:
         """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is."""
@@ -52,7 +72,9 @@ class Reconstruction:
         for batch in self.lockstep.visit(site, writer.stop if writer else site, [site]):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            estimator.update(_tokens(x, norm), _tokens(batch.collected[site], norm))
+            tokens, targets = _tokens(x, norm), _tokens(batch.collected[site], norm)
+            for part, target in zip(tokens.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True):
+                estimator.update(part, target)
         self.result.sites.append(estimator.solve(path))
 
     def solve_readers(self, readers: Readers, writers: list[Writer]) -> None:
@@ -69,8 +91,12 @@ class Reconstruction:
             x = rows_in(layers[0], batch.values[source])
             for key, members in with_bias.items():
                 if members:
-                    y = torch.cat([rows_out(layer, batch.collected[stop]) for stop, layer in members], 1)
-                    grams.setdefault(key, _Grams()).update(self._number(batch), x, y)
+                    outputs = [rows_out(layer, batch.collected[stop]) for stop, layer in members]
+                    y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+                    count = [row_weights(self.weights[stop], len(x)) for stop, _ in members]
+                    known = [weights for weights in count if weights is not None]
+                    weights = torch.stack(known).mean(0) if known else None
+                    grams.setdefault(key, _Grams(self.batches)).update(self._number(batch), x, y, weights)
         for key, members in with_bias.items():
             if members:
                 self._set(grams[key].reduce(), [layer for _, layer in members], [s.path for s, _ in members], key)
@@ -90,7 +116,7 @@ class Reconstruction:
                 pass
             self._keep(writer.stop.path, "writer", 0, f"its way to the residual stream: {reason}")
             return
-        grams = _Grams()
+        grams = _Grams(self.batches)
         wanted: dict[int, Any] = {}
         before = _StreamSums(self.prefix_tokens)
         for batch in self.lockstep.visit(writer.end, writer.stop, [writer.end]):
@@ -101,8 +127,11 @@ class Reconstruction:
             # What is there without the layer: the stream, and every shift on the way.
             rest = batch.peek(writer.end, override=empty)
             stream = batch.collected[writer.end]
-            rows = rows_in(layer, batch.values[source])[route.rows_layer.to(rest.device)]
-            grams.update(self._number(batch), rows, route.rows(stream) - route.rows(rest))
+            rows = picked(rows_in(layer, batch.values[source]), route.rows_layer)
+            wanted_rows = route.rows(stream) - route.rows(rest)
+            count = row_weights(self.weights[writer.end], route.rows_in_end)
+            weights = None if count is None else picked(count, route.rows_end)
+            grams.update(self._number(batch), rows, wanted_rows, weights)
             if batch.index < MEASURED:
                 wanted[batch.index] = stream
                 before.add(batch.peek(writer.end), stream)
@@ -145,7 +174,7 @@ class Reconstruction:
         bias = torch.cat([_bias(layer) for layer in layers]).double()
         if not grams.finite:
             raise CalibrationError(f"{paths[0]}: sums are not finite: an image or a weight gives NaN or infinity there")
-        rows, inputs = grams.rows, weight.shape[1]
+        rows, inputs = grams.seen, weight.shape[1]
         if not grams.enough(inputs):
             need = f"{inputs} inputs want at least {ROWS_PER_INPUT * inputs} rows, these images give {rows}"
             for path in paths:
@@ -156,7 +185,9 @@ class Reconstruction:
             torch.ones(len(weight), dtype=torch.bool, device=weight.device) if scale is None else scale.abs() > 1e-12
         )
         factor = torch.ones(len(weight), dtype=weight.dtype, device=weight.device) if scale is None else scale
-        solution = solve(grams.fit, grams.held_out, weight * factor[:, None], bias * factor, intercept)
+        guess = self.penalties.get(weight.shape, 1e-1)  # the layer of the same shape one block before
+        solution = solve(grams.fit, grams.held_out, weight * factor[:, None], bias * factor, intercept, guess)
+        self.penalties[weight.shape] = solution.penalty
         new_weight = torch.where(alive[:, None], solution.weight / factor[:, None], weight)
         new_bias = torch.where(alive, solution.bias / factor, bias) if intercept else bias
         start = 0
@@ -196,7 +227,9 @@ class Reconstruction:
             return batch.values[source], branches[id(batch.original)], batch.pinned["wanted"]
 
         layers: list[Any] = [layer_at(self._lane, stop) for stop in readers.stops]
-        problem = Problem(layers, gram, load, len(self.lockstep.batches), lambda n: n % HELD_OUT == HELD_OUT - 1)
+        channel_dim = _channel_dim(layer_at(self._lane, end))
+        batches = len(self.lockstep.batches)
+        problem = Problem(layers, gram, load, batches, _held_out, self.weights[end], channel_dim)
         left = problem.refine()
         for batch in self.lockstep.visit():
             batch.pinned.clear()
@@ -209,22 +242,42 @@ class Reconstruction:
         ]
 
 
+def _held_out(number: int) -> bool:
+    """Return whether the batch with that number, over all processes, chooses instead of being fitted to."""
+    return number % HELD_OUT == HELD_OUT - 1
+
+
+def _channel_dim(layer: nn.Linear | nn.Conv2d) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
 class _Grams:
-    """The sums over the images fitted to, and over those held out."""
+    """The sums over the images fitted to, and over those held out.
 
-    def __init__(self) -> None:
+    Args:
+        batches: how many batches all processes have together.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
         self.parts: list[Gram] = []
+        self.seen = 0
 
-    def update(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add rows of the batch with that number over all processes."""
+    def update(self, number: int, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None) -> None:
+        """Add rows of the batch with that number over all processes, or a random part of them if there are plenty."""
+        self.seen += len(x)
+        share = max(ROWS_KEPT, ROWS_KEPT_PER_INPUT * x.shape[1]) / (self.batches * len(x))
+        if share < 1:
+            x, y, weights = _drawn(x, y, weights, share, number)
         if not self.parts:
-            fit = Gram.like(x, y)
+            fit = Gram.like(x, y, weights)
             self.parts = [fit, fit.empty()]
-        self.parts[number % HELD_OUT == HELD_OUT - 1].update(x, y)
+        self.parts[_held_out(number)].update(x, y, weights)
 
     def reduce(self) -> "_Grams":
         for part in self.parts:
             part.reduce()
+        self.seen = sum(gathered(self.seen))
         return self
 
     @property
@@ -238,16 +291,29 @@ class _Grams:
     def total(self) -> Gram:
         return self.fit + self.held_out
 
-    @property
-    def rows(self) -> int:
-        return int(self.fit.count + self.held_out.count)
-
     def enough(self, inputs: int) -> bool:
-        return self.rows >= ROWS_PER_INPUT * inputs
+        return self.seen >= ROWS_PER_INPUT * inputs
 
     @property
     def finite(self) -> bool:
         return all(part.finite for part in self.parts)
+
+
+def _drawn(
+    x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None, share: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Draw about that share of the rows, heavy ones more often, and weigh them so that every sum keeps its mean.
+
+    Rows are taken with a probability in proportion to the root of their weight, up to 1 (Horvitz & Thompson 1952), so
+    a class token that counts as much as all patches of its image is always among them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    known = torch.ones(len(x)) if weights is None else weights.float().cpu()
+    chance = (known.sqrt() * (share * len(x) / known.sqrt().sum())).clamp(max=1)
+    index = (torch.rand(len(x), generator=generator) < chance).nonzero()[:, 0]
+    drawn = (known[index] / chance[index]).to(x.device)
+    index = index.to(x.device)
+    return x[index], y[index], drawn
 
 
 class _StreamSums:

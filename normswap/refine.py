@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.attention import sdpa_kernel
 
 from .distributed import all_sum, gathered, world
 from .gram import Gram
 from .graph import operation
-from .lockstep import Lane, Stop, Values
+from .influence import row_weights
+from .lockstep import Lane, Stop, Values, attention_kernels
 from .route import descendants, image_dependent
 
 STEPS = 40  # at most; each on one batch
@@ -50,10 +52,13 @@ class Branch:
         self.nodes = [step.node for step in lane.steps if step.node in needed]
         self.mixes_tokens = any(operation(node) in _MIXING for node in self.nodes)
 
+        self.kernels = attention_kernels(self.nodes)
+
     def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         values: Values = dict(zip(self.starts, outputs, strict=True))
-        for node in self.nodes:
-            values[node] = self.lane.execute(node, values)
+        with sdpa_kernel(self.kernels):
+            for node in self.nodes:
+                values[node] = self.lane.execute(node, values)
         return values[self.end]
 
 
@@ -66,6 +71,8 @@ class Problem:
         load: gives, for the number of a batch on this process, the layers' input, the branch, and the wanted end.
         batches: how many batches this process has.
         held_out: whether a batch, by its number over all processes, is held out.
+        positions: the weight of each position at the end of the branch, `[P]`.
+        channel_dim: the dimension there that holds the channels.
     """
 
     def __init__(
@@ -75,8 +82,10 @@ class Problem:
         load: Callable[[int], tuple[torch.Tensor, Branch, torch.Tensor]],
         batches: int,
         held_out: Callable[[int], bool],
+        positions: torch.Tensor,
+        channel_dim: int = -1,
     ) -> None:
-        self.layers, self.load = list(layers), load
+        self.layers, self.load, self.positions, self.channel_dim = list(layers), load, positions, channel_dim
         rank, _ = world()
         everyone = [(i, r) for r, count in enumerate(gathered(batches)) for i in range(count)]
         everyone.sort()  # the order in which one process alone would have them
@@ -98,7 +107,10 @@ class Problem:
         dtype = weights[0].dtype
         x = (x.to(dtype) - self.mean.to(dtype)) @ self.whiten.T.to(dtype)
         outputs = [nn.functional.linear(x, w, b).to(wanted.dtype) for w, b in zip(weights, biases, strict=True)]
-        return (branch(outputs) - wanted).to(dtype).square().mean()
+        error = (branch(outputs) - wanted).to(dtype).square()
+        rows = error.movedim(self.channel_dim, -1).flatten(0, -2).mean(1)  # [..., O] -> [M]
+        count = row_weights(self.positions, len(rows))
+        return (rows if count is None else rows * count.to(dtype)).mean()
 
     def _test(self, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)

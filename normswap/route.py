@@ -59,6 +59,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def picked(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return ``rows[index]``, without a copy where that is all of them in their order, as it is in most models."""
+    if len(index) == len(rows) and torch.equal(index, torch.arange(len(index))):
+        return rows
+    return rows[index.to(rows.device)]
+
+
 def layer_at(lane: Lane, stop: Stop) -> nn.Linear | nn.Conv2d:
     """Return the layer that runs at a stop."""
     return lane.model.get_submodule(stop.path)  # type: ignore[return-value]
@@ -169,6 +176,7 @@ class Route:
 
     Attributes:
         rows_layer, rows_end: rows of the layer's output `[M, O]` and of the end value that belong together.
+        rows_in_end: how many rows the end value has.
         end_dim: the dimension of the end value that holds the channels.
 
     Raises:
@@ -223,7 +231,7 @@ class Route:
             there = (rows > 0).all(1)
             known = rows[there]
             if len(known) and (self._channel(known) == torch.arange(self.width)).all():
-                self.end_dim = dim
+                self.end_dim, self.rows_in_end = dim, len(rows)
                 (self.rows_end,) = there.nonzero(as_tuple=True)
                 element = known[:, 0] - 1
                 outer = element // (self._inner * self.width)
@@ -246,4 +254,4 @@ class Route:
     def rows(self, end_value: torch.Tensor) -> torch.Tensor:
         """Return the rows of the end value that the layer writes, `[M, O]`, in the order of ``rows_layer``."""
         rows = end_value.movedim(self.end_dim, -1).reshape(-1, self.width)  # [..., O] -> [M, O]
-        return _wide(rows[self.rows_end.to(rows.device)])
+        return _wide(picked(rows, self.rows_end))

@@ -28,6 +28,7 @@ ROAD = (
     "spill",
     "lockstep",
     "route",
+    "influence",
     "refine",
     "reconstruct",
     "calibrate",
