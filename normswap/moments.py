@@ -3,7 +3,7 @@
 Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", equations 1.5: two parts merge by their
 means and their sums of squared deviations. E[x^2] - E[x]^2 in float32 would be negative for a channel with mean
 10,000 and variance 0.01, and the residual stream of a ViT has such channels. The result does not depend on how the
-samples are split into batches, up to float64 rounding.
+samples are split into batches, up to rounding of the samples' dtype.
 """
 
 import torch

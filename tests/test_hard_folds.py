@@ -162,6 +162,6 @@ def test_a_model_that_writes_into_its_input_is_calibrated_right():
     x = torch.randn(4, 3, 8, 8).double()
     before = x.clone()
     swapped = swap_norms(model, make_plan(model, input_size=(3, 8, 8)))
-    fits = calibrate(swapped, [x], original=model)
+    fits = calibrate(swapped, [x], original=model).sites
     assert torch.equal(x, before)
     assert fits[0].r2 == pytest.approx(fits[0].r2_original)

@@ -25,10 +25,11 @@ from normswap import (
 from normswap.demo import FOLDER, MODEL
 
 from .models import family, images
-from .test_bad_input import ONE_THREAD, listing, refused
-from .test_bad_input import images as digits  # noqa: F401  # a fixture
-from .test_bad_input import out as out
+from .test_bad_input import ONE_THREAD, listing, out, refused
+from .test_bad_input import images as digits
 from .test_cli import DEMO, one_object, run
+
+__all__ = ["digits", "out"]  # fixtures
 
 
 def _error(converted: nn.Module, original: nn.Module, x: torch.Tensor) -> float:
@@ -94,7 +95,7 @@ def test_images_that_say_little_do_no_harm(name, case):
 
 
 @pytest.mark.parametrize("kind", ["one", "copies", "one colour"])
-def test_hard_images_on_the_command_line(tmp_path, digits, kind):  # noqa: F811
+def test_hard_images_on_the_command_line(tmp_path, digits, kind):
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
     first = Image.open(min(digits.rglob("*.png")))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from normswap.moments import JointMoments, Moments
 
-from .tolerance import MOMENTS, SPLIT
+from .tolerance import MOMENTS, SPLIT, SPLIT_FLOAT32
 
 
 def _split(x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
@@ -37,13 +37,17 @@ def test_joint_moments_match_numpy(offset, sizes, seed):
 @settings(max_examples=40, deadline=None)
 @given(sizes=st.lists(st.integers(1, 500), min_size=1, max_size=10))
 def test_splitting_does_not_matter(sizes):
-    x, y = torch.randn(300, 4), torch.randn(300, 4)
+    for dtype, tolerance in ((torch.float64, SPLIT), (torch.float32, SPLIT_FLOAT32)):
+        _split_alike(torch.randn(300, 4, dtype=dtype), torch.randn(300, 4, dtype=dtype), sizes, tolerance)
+
+
+def _split_alike(x, y, sizes, tolerance):
     whole, parts = JointMoments(), JointMoments()
     whole.update(x, y)
     for a, b in zip(_split(x, sizes), _split(y, sizes), strict=True):
         parts.update(a, b)
-    torch.testing.assert_close(parts.x.var, whole.x.var, rtol=SPLIT, atol=0)
-    torch.testing.assert_close(parts.cov[0], whole.cov[0], rtol=SPLIT, atol=SPLIT)
+    torch.testing.assert_close(parts.x.var, whole.x.var, rtol=tolerance, atol=0)
+    torch.testing.assert_close(parts.cov[0], whole.cov[0], rtol=tolerance, atol=tolerance)
 
 
 def test_a_large_mean_survives_float32_data():

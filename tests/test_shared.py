@@ -22,7 +22,7 @@ def results(shared_model, shared_images):
     batches = [batch for batch, _ in images.draw(1024, seed=42)]
     plan = normswap.make_plan(model)
     found = {}
-    for method in ("channel", "moments"):
+    for method in ("reconstruct", "channel", "moments"):
         swapped = normswap.swap_norms(model, plan)
         normswap.calibrate(swapped, batches, original=model, method=method)
         found[method] = swapped, normswap.fold_norms(swapped)
@@ -42,6 +42,13 @@ def test_channel_clearly_beats_moments(results):
     assert stages["channel"].top1 > stages["moments"].top1 + 15
     assert stages["channel"].agreement > stages["moments"].agreement + 15
     assert stages["channel"].non_finite == 0
+
+
+def test_reconstruct_clearly_beats_channel(results):
+    *_, stages = results
+    assert stages["reconstruct"].agreement > stages["channel"].agreement + 30
+    assert stages["original"].top1 - stages["reconstruct"].top1 < 4
+    assert stages["reconstruct"].non_finite == 0
 
 
 def test_no_layer_norm_is_left(results):

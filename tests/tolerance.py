@@ -10,6 +10,8 @@ LINEAR_FLOAT64 = 1e-10
 MOMENTS = 1e-9
 # The same statistic from differently split batches: only the order of float64 additions changes.
 SPLIT = 1e-9
+# The same of float32 data, whose differences from the mean and their products are float32.
+SPLIT_FLOAT32 = 1e-6
 # What several processes calibrate against what one does: sums in another order, 1e-15, become 1e-13
 # by solves and 3e-9 by forty steps of Adam, which divides by gradients however small.
 PROCESSES = 1e-8
