@@ -36,7 +36,8 @@ def token_influence(
     nodes = {stop: lane.node(stop) for stop in stops}
     (output,) = lane.graph.outputs()
     with torch.enable_grad():
-        values = lane.run({lane.inputs[0]: images}, 0, len(lane.steps), collect=[*nodes.values(), output])
+        # A clone, for a model may write into its input.
+        values = lane.run({lane.inputs[0]: images.clone()}, 0, len(lane.steps), collect=[*nodes.values(), output])
         if not torch.isfinite(values[output]).all():  # the site where that begins is named when its turn comes
             return {stop: torch.ones(1, device=images.device) for stop in nodes}
         wanted = [values[node] for node in nodes.values()]
