@@ -86,6 +86,7 @@ class Problem:
         channel_dim: int = -1,
     ) -> None:
         self.layers, self.load, self.positions, self.channel_dim = list(layers), load, positions, channel_dim
+        self.unit = 1.0  # of the loss, which has no scale of its own
         rank, _ = world()
         everyone = [(i, r) for r, count in enumerate(gathered(batches)) for i in range(count)]
         everyone.sort()  # the order in which one process alone would have them
@@ -128,12 +129,17 @@ class Problem:
         weights = [(layer.weight.detach().double() @ self.colour).to(dtype) for layer in self.layers]
         biases = [self._offset(layer).to(dtype) for layer in self.layers]
         before = self._test(weights, biases)
+        if not before > 0:
+            return 1.0
+        self.unit = before / len(self.test)
         parameters = [t.clone().requires_grad_() for t in (*weights, *biases)]
         groups = []
         for i, weight in enumerate(weights):
             rate = LEARNING_RATE * float(weight.square().mean().sqrt())
             groups.append({"params": [parameters[i], parameters[i + len(weights)]], "lr": rate})
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)  # the loss has no scale of its own
+        optimizer = torch.optim.Adam(
+            groups, betas=(0.9, 0.95), eps=1e-8
+        )  # rounding, as in a bias of k, is no direction
         rates = [group["lr"] for group in optimizer.param_groups]
         order: list[Any] = []
         generator = torch.Generator().manual_seed(0)
@@ -167,7 +173,7 @@ class Problem:
                 parameter.grad = torch.zeros_like(parameter)
         else:
             with torch.enable_grad():
-                loss = self._loss(index, parameters[:count], parameters[count:])
+                loss = self._loss(index, parameters[:count], parameters[count:]) / self.unit
                 grads = torch.autograd.grad(loss, parameters)
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
