@@ -109,7 +109,6 @@ def calibrate(
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
         writers = [w for w in writers if not _crossed(lane, w, stops)]
-        work.weigh(readers, writers)
         agenda = _agenda(lane, sites, readers, writers)
         for i, (_, item) in enumerate(agenda):
             progress(f"calibrate: {_where(item)}", i, len(agenda))

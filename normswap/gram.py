@@ -60,39 +60,25 @@ class Gram:
         self._batches = 0
 
     @staticmethod
-    def like(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> "Gram":
+    def like(x: torch.Tensor, y: torch.Tensor) -> "Gram":
         """Return an empty one with the means of this batch, `[M, K]` and `[M, O]`, as pivot, on every process."""
-        share = torch.ones(len(x), device=x.device) if weights is None else weights
-        share = (share / share.sum()).double()
-        pivots = ((share @ t.double()).to(t.dtype) for t in (x, y))
-        return Gram(*(from_first(pivot) for pivot in pivots))
+        return Gram(*(from_first(t.mean(0, dtype=torch.float64).to(t.dtype)) for t in (x, y)))
 
     def empty(self) -> "Gram":
         """Return an empty one about the same pivot."""
         return Gram(self.pivot_x, self.pivot_y)
 
-    def update(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add inputs `[M, K]` and targets `[M, O]`; each row counts as often as its weight `[M]` says, or once."""
+    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add inputs `[M, K]` and targets `[M, O]`."""
         x, y = x - self.pivot_x, y - self.pivot_y
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.yy += y.square().sum(0)
         if self._recent is None:
             self._recent = torch.zeros_like(self.xx, dtype=x.dtype), torch.zeros_like(self.xy, dtype=x.dtype)
         xx, xy = self._recent
-        if weights is None:
-            self.count += len(x)
-            self.x += x.sum(0)
-            self.y += y.sum(0)
-            self.yy += y.square().sum(0)
-            xy += x.T @ y
-        else:
-            weights = weights.to(x.dtype)
-            root = weights.sqrt()[:, None]
-            self.count += weights.sum()
-            self.x += weights @ x
-            self.y += weights @ y
-            self.yy += weights @ y.square()
-            x *= root
-            # The narrower of the two takes the other half of the weight.
-            xy += (x * root).T @ y if x.shape[1] < y.shape[1] else x.T @ (y * root)
+        xy += x.T @ y
         for start in range(0, x.shape[1], _BLOCK):
             end = start + _BLOCK
             xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
@@ -208,13 +194,13 @@ def solve(
     test = Moments2(test.xx, test.xy[:, outputs], test.yy[outputs])
 
     def error(index: int) -> float:
-        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index])).sum())
+        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index], _rounding(fit, centre[0]))).sum())
 
     penalty = PENALTIES[_lowest(error, PENALTIES.index(guess), len(PENALTIES))]
     total = fit + held_out if held_out is not fit else fit
     centre = _centre(total, bias, intercept)
     moments = total.about(*centre)
-    solved = _ridge(moments, weight, penalty)
+    solved = _ridge(moments, weight, penalty, _rounding(fit, centre[0]))
     shift = centre[1] - solved @ centre[0] if intercept else torch.zeros_like(bias)
     mean_x, mean_y = centre if intercept else total.means()
     spread = moments if intercept else total.about(mean_x, mean_y)
@@ -244,16 +230,16 @@ def _centre(gram: Gram, bias: torch.Tensor, intercept: bool) -> tuple[torch.Tens
     return means if intercept else (torch.zeros_like(means[0]), bias)
 
 
-# A variance below this is rounding.
-_NOTHING = 1e-30
+def _rounding(gram: Gram, mean: torch.Tensor) -> torch.Tensor:
+    """Return the variance below which a channel with that mean `[K]` does not vary but is rounded, `[K]`."""
+    return (100 * torch.finfo(gram.pivot_x.dtype).eps * mean).square()
 
 
-def _ridge(moments: Moments2, weight: torch.Tensor, penalty: float) -> torch.Tensor:
+def _ridge(moments: Moments2, weight: torch.Tensor, penalty: float, rounding: torch.Tensor) -> torch.Tensor:
     var = moments.xx.diagonal()
-    # A channel that never varies has no scale of its own; the mean one keeps the system regular.
-    scale = torch.where(var > 1e-14 * var.max(), var, var.mean())
-    # Where no channel varies, as behind a norm over a single channel, a division by next to nothing would make weights.
-    scale = torch.where(scale > _NOTHING, scale, 1.0).rsqrt()
+    # A channel that does not vary has no scale; with 0 it takes no part and keeps its weights.
+    varies = (var > rounding) & (var > 1e-14 * var.max())
+    scale = torch.where(varies, var, 1.0).rsqrt() * varies
     system = moments.xx * scale * scale[:, None]
     system.diagonal().add_(penalty)
     missing = (moments.xy - moments.xx @ weight.T) * scale[:, None]  # [K, O]

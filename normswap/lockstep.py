@@ -246,8 +246,7 @@ class Lockstep:
         observers: "dict[str, Observer]",
         budget: int,
     ) -> None:
-        self.observers, self.sites = observers, list(sites)
-        self.sample = torch.empty(0)  # the first batch, on every process
+        self.observers = observers
         self.lanes: dict[torch.Size, tuple[Lane, Lane]] = {}
         self.store = Store(budget)
         self.batches: list[_Progress] = []
@@ -258,8 +257,7 @@ class Lockstep:
             if batch.shape not in self.lanes:  # the shape is baked into a graph; a loader gives two at most
                 live = [*sites, *observers]
                 self.lanes[batch.shape] = (Lane(original, batch, sites), Lane(converted, batch, live))
-            if self.first is None:
-                self.first, self.sample = self.lanes[batch.shape], batch
+            self.first = self.first or self.lanes[batch.shape]
             count = i + 1
             if i % size == rank:
                 self.batches.append(_Progress(batch, self.lanes[batch.shape]))

@@ -5,7 +5,7 @@ stream, which has drifted, back on the original's. That is layer-wise reconstruc
 Brain Compression", section 3; Frantar et al. 2023, "GPTQ") with the original's activations as targets throughout.
 """
 
-from contextlib import suppress
+import math
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from .distributed import all_sum, gathered, world
 from .errors import CalibrationError
 from .estimate import METHODS
 from .gram import Gram, Solution, solve
-from .influence import row_weights, token_influence
 from .lockstep import Batch, Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
@@ -47,23 +46,11 @@ class Reconstruction:
 
     def __init__(self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
-        self.weights: dict[Stop, torch.Tensor] = {}
         self.penalties: dict[torch.Size, float] = {}
         self.batches = sum(gathered(len(lockstep.batches)))
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
         self.result = Calibration()
         self.routes: dict[tuple[int, Stop], Route] = {}
-
-    def weigh(self, readers: list[Readers], writers: list[Writer]) -> None:
-        """Find out how much each token counts, at every layer that will be solved."""
-        lane, stops = self._lane, {}
-        for stop in [stop for group in readers for stop in group.stops] + [writer.stop for writer in writers]:
-            stops[stop] = _channel_dim(layer_at(lane, stop))
-        for writer in writers:
-            with suppress(ValueError):  # a way that cannot be followed is reported when its turn comes
-                stops[writer.end] = self._route(lane, writer).end_dim
-        if stops:
-            self.weights = token_influence(self.original, self.lockstep.sample, self.lockstep.sites, stops)
 
     def set_norm(self, path: str, writer: Writer | None) -> None:
         """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is."""
@@ -93,10 +80,7 @@ class Reconstruction:
                 if members:
                     outputs = [rows_out(layer, batch.collected[stop]) for stop, layer in members]
                     y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-                    count = [row_weights(self.weights[stop], len(x)) for stop, _ in members]
-                    known = [weights for weights in count if weights is not None]
-                    weights = torch.stack(known).mean(0) if known else None
-                    grams.setdefault(key, _Grams(self.batches)).update(self._number(batch), x, y, weights)
+                    grams.setdefault(key, _Grams(self.batches)).update(self._number(batch), x, y)
         for key, members in with_bias.items():
             if members:
                 self._set(grams[key].reduce(), [layer for _, layer in members], [s.path for s, _ in members], key)
@@ -129,9 +113,7 @@ class Reconstruction:
             stream = batch.collected[writer.end]
             rows = picked(rows_in(layer, batch.values[source]), route.rows_layer)
             wanted_rows = route.rows(stream) - route.rows(rest)
-            count = row_weights(self.weights[writer.end], route.rows_in_end)
-            weights = None if count is None else picked(count, route.rows_end)
-            grams.update(self._number(batch), rows, wanted_rows, weights)
+            grams.update(self._number(batch), rows, wanted_rows)
             if batch.index < MEASURED:
                 wanted[batch.index] = stream
                 before.add(batch.peek(writer.end), stream)
@@ -227,9 +209,7 @@ class Reconstruction:
             return batch.values[source], branches[id(batch.original)], batch.pinned["wanted"]
 
         layers: list[Any] = [layer_at(self._lane, stop) for stop in readers.stops]
-        channel_dim = _channel_dim(layer_at(self._lane, end))
-        batches = len(self.lockstep.batches)
-        problem = Problem(layers, gram, load, batches, _held_out, self.weights[end], channel_dim)
+        problem = Problem(layers, gram, load, len(self.lockstep.batches), _held_out)
         left = problem.refine()
         for batch in self.lockstep.visit():
             batch.pinned.clear()
@@ -247,10 +227,6 @@ def _held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
-def _channel_dim(layer: nn.Linear | nn.Conv2d) -> int:
-    return -1 if isinstance(layer, nn.Linear) else 1
-
-
 class _Grams:
     """The sums over the images fitted to, and over those held out.
 
@@ -263,16 +239,18 @@ class _Grams:
         self.parts: list[Gram] = []
         self.seen = 0
 
-    def update(self, number: int, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None) -> None:
+    def update(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows of the batch with that number over all processes, or a random part of them if there are plenty."""
         self.seen += len(x)
         share = max(ROWS_KEPT, ROWS_KEPT_PER_INPUT * x.shape[1]) / (self.batches * len(x))
         if share < 1:
-            x, y, weights = _drawn(x, y, weights, share, number)
+            generator = torch.Generator().manual_seed(number)
+            drawn = torch.randperm(len(x), generator=generator)[: math.ceil(share * len(x))].to(x.device)
+            x, y = x[drawn], y[drawn]
         if not self.parts:
-            fit = Gram.like(x, y, weights)
+            fit = Gram.like(x, y)
             self.parts = [fit, fit.empty()]
-        self.parts[_held_out(number)].update(x, y, weights)
+        self.parts[_held_out(number)].update(x, y)
 
     def reduce(self) -> "_Grams":
         for part in self.parts:
@@ -297,23 +275,6 @@ class _Grams:
     @property
     def finite(self) -> bool:
         return all(part.finite for part in self.parts)
-
-
-def _drawn(
-    x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor | None, share: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draw about that share of the rows, heavy ones more often, and weigh them so that every sum keeps its mean.
-
-    Rows are taken with a probability in proportion to the root of their weight, up to 1 (Horvitz & Thompson 1952), so
-    a class token that counts as much as all patches of its image is always among them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    known = torch.ones(len(x)) if weights is None else weights.float().cpu()
-    chance = (known.sqrt() * (share * len(x) / known.sqrt().sum())).clamp(max=1)
-    index = (torch.rand(len(x), generator=generator) < chance).nonzero()[:, 0]
-    drawn = (known[index] / chance[index]).to(x.device)
-    index = index.to(x.device)
-    return x[index], y[index], drawn
 
 
 class _StreamSums:

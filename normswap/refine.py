@@ -18,7 +18,6 @@ from torch.nn.attention import sdpa_kernel
 from .distributed import all_sum, gathered, world
 from .gram import Gram
 from .graph import operation
-from .influence import row_weights
 from .lockstep import Lane, Stop, Values, attention_kernels
 from .route import descendants, image_dependent
 
@@ -71,8 +70,6 @@ class Problem:
         load: gives, for the number of a batch on this process, the layers' input, the branch, and the wanted end.
         batches: how many batches this process has.
         held_out: whether a batch, by its number over all processes, is held out.
-        positions: the weight of each position at the end of the branch, `[P]`.
-        channel_dim: the dimension there that holds the channels.
     """
 
     def __init__(
@@ -82,10 +79,8 @@ class Problem:
         load: Callable[[int], tuple[torch.Tensor, Branch, torch.Tensor]],
         batches: int,
         held_out: Callable[[int], bool],
-        positions: torch.Tensor,
-        channel_dim: int = -1,
     ) -> None:
-        self.layers, self.load, self.positions, self.channel_dim = list(layers), load, positions, channel_dim
+        self.layers, self.load = list(layers), load
         self.unit = 1.0  # of the loss, which has no scale of its own
         rank, _ = world()
         everyone = [(i, r) for r, count in enumerate(gathered(batches)) for i in range(count)]
@@ -108,10 +103,7 @@ class Problem:
         dtype = weights[0].dtype
         x = (x.to(dtype) - self.mean.to(dtype)) @ self.whiten.T.to(dtype)
         outputs = [nn.functional.linear(x, w, b).to(wanted.dtype) for w, b in zip(weights, biases, strict=True)]
-        error = (branch(outputs) - wanted).to(dtype).square()
-        rows = error.movedim(self.channel_dim, -1).flatten(0, -2).mean(1)  # [..., O] -> [M]
-        count = row_weights(self.positions, len(rows))
-        return (rows if count is None else rows * count.to(dtype)).mean()
+        return (branch(outputs) - wanted).to(dtype).square().mean()
 
     def _test(self, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)

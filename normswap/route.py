@@ -176,7 +176,6 @@ class Route:
 
     Attributes:
         rows_layer, rows_end: rows of the layer's output `[M, O]` and of the end value that belong together.
-        rows_in_end: how many rows the end value has.
         end_dim: the dimension of the end value that holds the channels.
 
     Raises:
@@ -231,7 +230,7 @@ class Route:
             there = (rows > 0).all(1)
             known = rows[there]
             if len(known) and (self._channel(known) == torch.arange(self.width)).all():
-                self.end_dim, self.rows_in_end = dim, len(rows)
+                self.end_dim = dim
                 (self.rows_end,) = there.nonzero(as_tuple=True)
                 element = known[:, 0] - 1
                 outer = element // (self._inner * self.width)

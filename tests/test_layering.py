@@ -28,7 +28,6 @@ ROAD = (
     "spill",
     "lockstep",
     "route",
-    "influence",
     "refine",
     "reconstruct",
     "calibrate",
