@@ -13,7 +13,6 @@ from torch import nn
 
 from .errors import ArgumentError, CalibrationError
 from .estimate import METHODS
-from .gram import fast_products
 from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
@@ -98,7 +97,6 @@ def calibrate(
     budget = default_budget() if memory_budget is None else memory_budget
     with (
         eval_mode(original, swapped),
-        fast_products(),
         Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep,
     ):
         if lockstep.first is None:

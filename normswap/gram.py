@@ -2,9 +2,8 @@
 
 For a layer with inputs x `[M, K]` and wanted outputs y `[M, O]` all that is needed are the second moments
 ``sum x x'`` `[K, K]` and ``sum x y'`` `[K, O]`. They are taken about a pivot close to the mean (the first batch's
-mean, shared by all processes), so that large means cancel in the data and not in the sums. Products within a batch
-run in the data's dtype, sums over batches in float64: with float32 data an entry is off by about 1e-7 of its scale,
-four orders below the weakest penalty of `PENALTIES`.
+mean, shared by all processes), so that large means cancel in the data and not in the sums. Products of a few batches
+are summed in the data's dtype (see `fast_products`), the rest in float64.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,8 +29,9 @@ def fast_products() -> Iterator[None]:
     """Let float32 matrix products use the processor's bfloat16 or TF32 units, where it has them.
 
     Each factor is then rounded to 8 bits at least, the sums are float32. To a least-squares problem that is noise of
-    variance 1e-6 (relative to a channel's own mean square about the pivot), a hundredth of the weakest penalty, and to
-    the activations a thousandth of what the conversion itself moves them. float64 products stay as they are.
+    variance 1e-6 (relative to a channel's own mean square about the pivot), a hundredth of the weakest penalty. Only
+    the sums may have that: in the models' own passes it is noise that images without variation are then fitted to.
+    float64 products stay as they are.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -78,10 +78,11 @@ class Gram:
         if self._recent is None:
             self._recent = torch.zeros_like(self.xx, dtype=x.dtype), torch.zeros_like(self.xy, dtype=x.dtype)
         xx, xy = self._recent
-        xy += x.T @ y
-        for start in range(0, x.shape[1], _BLOCK):
-            end = start + _BLOCK
-            xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
+        with fast_products():
+            xy += x.T @ y
+            for start in range(0, x.shape[1], _BLOCK):
+                end = start + _BLOCK
+                xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
         self._batches += 1
         if self._batches % _RECENT == 0:
             self._settle()
@@ -193,14 +194,16 @@ def solve(
     test = held_out.about(*centre)
     test = Moments2(test.xx, test.xy[:, outputs], test.yy[outputs])
 
+    rounding = _rounding(fit, centre[0])
+
     def error(index: int) -> float:
-        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index], _rounding(fit, centre[0]))).sum())
+        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index], rounding)).sum())
 
     penalty = PENALTIES[_lowest(error, PENALTIES.index(guess), len(PENALTIES))]
     total = fit + held_out if held_out is not fit else fit
     centre = _centre(total, bias, intercept)
     moments = total.about(*centre)
-    solved = _ridge(moments, weight, penalty, _rounding(fit, centre[0]))
+    solved = _ridge(moments, weight, penalty, _rounding(total, centre[0]))
     shift = centre[1] - solved @ centre[0] if intercept else torch.zeros_like(bias)
     mean_x, mean_y = centre if intercept else total.means()
     spread = moments if intercept else total.about(mean_x, mean_y)

@@ -69,7 +69,7 @@ def test_channel_fits_better_than_moments_at_every_first_site():
 
 @pytest.mark.parametrize("position", ["pre-act", "post-act"])
 def test_ffn_norms_get_statistics_and_stay_an_identity(position):
-    model = family("vit", torch.float64)
+    model = family("vit")
     x = images(model, 12)
     without, with_norms = _calibrated(model, [x], ffn_bn="none"), _calibrated(model, [x], ffn_bn=position)
     path = "blocks.0.mlp.fc1.norm" if position == "pre-act" else "blocks.0.mlp.norm"

@@ -177,7 +177,6 @@ def test_what_no_single_solve_can_set_is_left_alone(read, layer):
     assert all(torch.equal(before[key], after[key]) for key in after if not key.startswith("norm."))
 
 
-@pytest.mark.xfail(reason="open: the penalty chosen on shuffled images leaves up to 5 % of the gain", strict=False)
 @pytest.mark.parametrize(
     "conv", [nn.Conv2d(8, 5, 1), nn.Conv2d(8, 5, 2, 2), nn.Conv2d(8, 5, 2, dilation=2), nn.Conv2d(8, 5, 1, bias=False)]
 )
