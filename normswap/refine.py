@@ -50,7 +50,6 @@ class Branch:
         )
         self.nodes = [step.node for step in lane.steps if step.node in needed]
         self.mixes_tokens = any(operation(node) in _MIXING for node in self.nodes)
-
         self.kernels = attention_kernels(self.nodes)
 
     def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
