@@ -17,7 +17,7 @@ from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
-from .reconstruct import Reconstruction
+from .reconstruct import ROWS_KEPT, Reconstruction, drawn
 from .report import Calibration
 from .route import Readers, Writer, find_readers, find_writers
 from .spill import default_budget
@@ -34,13 +34,21 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 class _MapObserver(Observer):
-    """Measures what passes a BatchNorm that stays the map it is: one between an FFN's layers, or behind a writer."""
+    """Measures what passes a BatchNorm that stays the map it is: one between an FFN's layers, or behind a writer.
 
-    def __init__(self, path: str, norm: TokenBatchNorm) -> None:
-        self.path, self.norm, self.moments = path, norm, Moments()
+    Args:
+        path, norm: the BatchNorm.
+        batches: how many all processes have together, if a random part of the rows is enough; None to take all.
+    """
 
-    def __call__(self, x: torch.Tensor) -> None:
-        for part in _tokens(x, self.norm).split(CACHED_ROWS):
+    def __init__(self, path: str, norm: TokenBatchNorm, batches: int | None = None) -> None:
+        self.path, self.norm, self.moments, self.batches = path, norm, Moments(), batches
+
+    def __call__(self, x: torch.Tensor, number: int) -> None:
+        rows = _tokens(x, self.norm)
+        if self.batches is not None:
+            (rows,) = drawn(number, ROWS_KEPT, self.batches, rows)
+        for part in rows.split(CACHED_ROWS):
             self.moments.update(part)
 
     def solve(self) -> None:
@@ -102,6 +110,9 @@ def calibrate(
         if lockstep.first is None:
             raise ArgumentError("no images to calibrate on")
         lane = lockstep.first[1]
+        batches_seen = lockstep.count if method == "reconstruct" else None
+        for observer in observers.values():
+            observer.batches = batches_seen
         work = Reconstruction(lockstep, method, original, norms)
         readers = find_readers(lane, sites) if method == "reconstruct" else []
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
@@ -114,7 +125,7 @@ def calibrate(
                 work.solve_readers(item, writers)
             elif isinstance(item, Writer):
                 for path in item.sites:  # its statistics change with the writer, its map does not
-                    lockstep.observers[path] = observers[path] = _MapObserver(path, norms[path])
+                    lockstep.observers[path] = observers[path] = _MapObserver(path, norms[path], batches_seen)
                 work.solve_writer(item)
             else:
                 work.set_norm(item, next((w for w in writers if item in w.sites), None))
@@ -168,11 +179,13 @@ def _where(item: Any) -> str:
 
 
 def shuffled(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
-    """Yield the images `[B, C, H, W]` in batches of ``size``, in an order that is random but always the same.
+    """Yield the images `[B, C, H, W]` in batches of about ``size``, in an order that is random but always the same.
 
     Folders are read class by class. In that order the images held out would be of other classes than those fitted to.
     """
     found = [image for batch in rebatched(images, size) for image in batch]
+    # Every shape is exported on its own, so one that divides the number of images saves time.
+    size = min(range(size - size // 4, size + size // 4 + 1), key=lambda n: (len(found) % n > 0, abs(n - size)))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
     for indices in order if found else ():
         yield torch.stack([found[index] for index in indices.tolist()])  # [C, H, W] each -> [B, C, H, W]

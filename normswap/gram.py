@@ -6,6 +6,7 @@ mean, shared by all processes), so that large means cancel in the data and not i
 are summed in the data's dtype (see `fast_products`), the rest in float64.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .distributed import all_sum, from_first
+from .errors import CalibrationError
 
 # Relative to the mean square of each input channel. The largest leaves a layer nearly as it was.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
@@ -20,7 +22,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
 _BLOCK = 512
 # So many batches are summed in the data's dtype before they join the float64 sum.
 _RECENT = 8
-# The penalty is chosen on so many outputs; all of them would cost as much as the solution itself.
+# The penalty is chosen, and the fit reported, on so many outputs at most; all would cost as much as the solution.
 _CHOSEN_ON = 64
 
 
@@ -79,10 +81,10 @@ class Gram:
             self._recent = torch.zeros_like(self.xx, dtype=x.dtype), torch.zeros_like(self.xy, dtype=x.dtype)
         xx, xy = self._recent
         with fast_products():
-            xy += x.T @ y
+            xy.addmm_(x.T, y)
             for start in range(0, x.shape[1], _BLOCK):
                 end = start + _BLOCK
-                xx[start:end, start:] += x[:, start:end].T @ x[:, start:]
+                xx[start:end, start:].addmm_(x[:, start:end].T, x[:, start:])
         self._batches += 1
         if self._batches % _RECENT == 0:
             self._settle()
@@ -97,9 +99,8 @@ class Gram:
         """Add the sums of all processes, in place. Nothing can be read before."""
         self._settle()
         all_sum(self.count, self.x, self.y, self.xx, self.xy, self.yy)
-        upper = self.xx.triu()
-        self.xx = upper + upper.T
-        self.xx.diagonal().div_(2)
+        self.xx.triu_()
+        self.xx += self.xx.triu(1).T
         return self
 
     def __add__(self, other: "Gram") -> "Gram":
@@ -141,6 +142,10 @@ class Moments2:
     xy: torch.Tensor
     yy: torch.Tensor
 
+    def outputs(self, index: torch.Tensor) -> "Moments2":
+        """Return the moments of some of the targets only."""
+        return Moments2(self.xx, self.xy[:, index], self.yy[index])
+
     def error(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error `[O]` of ``x @ weight.T`` for weight `[O, K]`."""
         return self.yy - 2 * (weight.T * self.xy).sum(0) + ((self.xx @ weight.T) * weight.T).sum(0)
@@ -153,7 +158,8 @@ class Solution:
     Attributes:
         weight, bias: `[O, K]` and `[O]`, float64; without intercept the bias is 0.
         penalty: the one that was best on the tokens held out.
-        r2_before, r2: share of the targets' variance that the layer explained before, and explains now.
+        r2_before, r2: share of the variance of the targets (64 of them at most) that the layer explained before, and
+            explains now.
     """
 
     weight: torch.Tensor
@@ -189,26 +195,27 @@ def solve(
         held_out = fit
     outputs = torch.linspace(0, len(weight) - 1, min(len(weight), _CHOSEN_ON)).long().to(weight.device)
     centre = _centre(fit, bias, intercept)
-    moments = fit.about(*centre)
-    part = Moments2(moments.xx, moments.xy[:, outputs], moments.yy[outputs])
-    test = held_out.about(*centre)
-    test = Moments2(test.xx, test.xy[:, outputs], test.yy[outputs])
-
-    rounding = _rounding(fit, centre[0])
+    part, test = (gram.about(*centre).outputs(outputs) for gram in (fit, held_out))
+    # Choosing needs no more than float32 for the solution; what it leaves is measured in float64.
+    ridge = _Ridge(part, weight[outputs], _rounding(fit, centre[0]), torch.float32)
 
     def error(index: int) -> float:
-        return float(test.error(_ridge(part, weight[outputs], PENALTIES[index], rounding)).sum())
+        found = ridge.solve(PENALTIES[index])
+        return math.inf if found is None else float(test.error(found).sum())
 
     penalty = PENALTIES[_lowest(error, PENALTIES.index(guess), len(PENALTIES))]
     total = fit + held_out if held_out is not fit else fit
     centre = _centre(total, bias, intercept)
     moments = total.about(*centre)
-    solved = _ridge(moments, weight, penalty, _rounding(total, centre[0]))
+    solved = _Ridge(moments, weight, _rounding(total, centre[0])).solve(penalty)
+    if solved is None:
+        raise CalibrationError("least squares: the inputs' products have no factor; an image gives huge values there")
     shift = centre[1] - solved @ centre[0] if intercept else torch.zeros_like(bias)
     mean_x, mean_y = centre if intercept else total.means()
-    spread = moments if intercept else total.about(mean_x, mean_y)
+    spread = (moments if intercept else total.about(mean_x, mean_y)).outputs(outputs)
     r2_before, r2 = (
-        _r2(spread, w, mean_y - w @ mean_x - b) for w, b in ((weight, bias), (solved, shift if intercept else bias))
+        _r2(spread, w[outputs], (mean_y - b)[outputs] - w[outputs] @ mean_x)
+        for w, b in ((weight, bias), (solved, shift if intercept else bias))
     )
     return Solution(solved, shift, penalty, r2_before, r2)
 
@@ -238,16 +245,40 @@ def _rounding(gram: Gram, mean: torch.Tensor) -> torch.Tensor:
     return (100 * torch.finfo(gram.pivot_x.dtype).eps * mean).square()
 
 
-def _ridge(moments: Moments2, weight: torch.Tensor, penalty: float, rounding: torch.Tensor) -> torch.Tensor:
-    var = moments.xx.diagonal()
-    # A channel that does not vary has no scale; with 0 it takes no part and keeps its weights.
-    varies = (var > rounding) & (var > 1e-14 * var.max())
-    scale = torch.where(varies, var, 1.0).rsqrt() * varies
-    system = moments.xx * scale * scale[:, None]
-    system.diagonal().add_(penalty)
-    missing = (moments.xy - moments.xx @ weight.T) * scale[:, None]  # [K, O]
-    step = torch.cholesky_solve(missing, torch.linalg.cholesky(system))
-    return weight + (step * scale[:, None]).T
+class _Ridge:
+    """One least-squares problem for any penalty, in channels scaled to variance one.
+
+    Args:
+        moments: of inputs and targets, about the same points as ``weight`` maps.
+        weight: `[O, K]`, what a solution is drawn towards.
+        rounding: variance `[K]` below which a channel is taken as constant.
+        dtype: what the system is factorised in.
+    """
+
+    def __init__(
+        self,
+        moments: Moments2,
+        weight: torch.Tensor,
+        rounding: torch.Tensor,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        var = moments.xx.diagonal()
+        # A channel that does not vary has no scale; with 0 it takes no part and keeps its weights.
+        varies = (var > rounding) & (var > 1e-14 * var.max())
+        self.weight = weight
+        self.scale = torch.where(varies, var, 1.0).rsqrt() * varies
+        self.system = (moments.xx * self.scale).mul_(self.scale[:, None]).to(dtype)
+        self.missing = (moments.xy - moments.xx @ weight.T).mul_(self.scale[:, None]).to(dtype)  # [K, O]
+
+    def solve(self, penalty: float) -> torch.Tensor | None:
+        """Return the weights `[O, K]`, float64, or None if the system cannot be factorised in the dtype."""
+        system = self.system.clone()
+        system.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if failed:
+            return None
+        step = torch.cholesky_solve(self.missing, factor).double()
+        return self.weight + (step * self.scale[:, None]).T
 
 
 def _r2(spread: Moments2, weight: torch.Tensor, offset: torch.Tensor) -> float:

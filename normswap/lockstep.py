@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .distributed import world
 from .errors import ArgumentError, CalibrationError
@@ -19,8 +18,6 @@ from .graph import Call, ModelGraph, operation, owner
 from .spill import Store
 
 Values = dict[fx.Node, Any]
-# Of the attention scores of one batch, which plain products hold in memory.
-_SCORE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -51,18 +48,6 @@ class Step:
         return [self.call.input] if self.call else self.node.all_input_nodes
 
 
-def attention_kernels(nodes: Iterable[fx.Node]) -> list[SDPBackend]:
-    """Return how to compute attention: as plain products while their scores fit, which is the faster way on a CPU."""
-    scores, on_cpu = 0, True
-    for node in nodes:
-        if operation(node) == "scaled_dot_product_attention":
-            query, key = (n.meta["val"] for n in node.all_input_nodes[:2])
-            on_cpu = on_cpu and query.device.type == "cpu"
-            scores = max(scores, query.shape[:-1].numel() * key.shape[-2])
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return [SDPBackend.MATH] if on_cpu and scores * 4 <= _SCORE_BYTES else fused
-
-
 class Lane:
     """One exported model as a list of steps; the modules in ``live`` are called, not replayed from the graph."""
 
@@ -88,7 +73,6 @@ class Lane:
                     step.dead_after.append(source)
         self.inputs = [n for n in self.graph.nodes if n.op == "placeholder" and self.graph.attribute(n) is None]
         self.by_name = {node.name: node for node in self.graph.nodes}
-        self.kernels = attention_kernels(self.graph.nodes)
 
     def _name(self, node: fx.Node, call: Call | None) -> None:
         stop = Stop(call.path) if call else Stop(owner(node), operation(node))
@@ -116,26 +100,28 @@ class Lane:
         end: int,
         observers: "dict[str, Observer] | None" = None,
         collect: Iterable[fx.Node] = (),
+        number: int = 0,
     ) -> Values:
         """Run steps ``start`` to ``end`` (not included) on the values of one batch, in place.
+
+        ``number`` is the batch's over all processes, for the observers.
 
         Returns the values of the nodes in ``collect``, which may die on the way.
         """
         wanted = set(collect)
         collected = {node: values[node] for node in wanted if node in values}
-        with sdpa_kernel(self.kernels):
-            for step in self.steps[start:end]:
-                if step.call is not None:
-                    x = values[step.call.input]
-                    if observers and step.call.path in observers:
-                        observers[step.call.path](x)
-                    values[step.node] = self.model.get_submodule(step.call.path)(x)
-                else:
-                    values[step.node] = self.execute(step.node, values)
-                if step.node in wanted:
-                    collected[step.node] = values[step.node]
-                for node in step.dead_after:
-                    values.pop(node, None)
+        for step in self.steps[start:end]:
+            if step.call is not None:
+                x = values[step.call.input]
+                if observers and step.call.path in observers:
+                    observers[step.call.path](x, number)
+                values[step.node] = self.model.get_submodule(step.call.path)(x)
+            else:
+                values[step.node] = self.execute(step.node, values)
+            if step.node in wanted:
+                collected[step.node] = values[step.node]
+            for node in step.dead_after:
+                values.pop(node, None)
         return collected
 
     def execute(self, node: fx.Node, values: Values) -> Any:
@@ -176,7 +162,8 @@ class Lane:
 class Observer:
     """Sees the input of a module that the converted lane passes without stopping."""
 
-    def __call__(self, x: torch.Tensor) -> None:
+    def __call__(self, x: torch.Tensor, number: int) -> None:
+        """Take the input of the batch with that number over all processes."""
         raise NotImplementedError
 
 
@@ -186,6 +173,7 @@ class Batch:
 
     Attributes:
         index: number of the batch on this process.
+        number: the same over all processes.
         original, converted: the lanes of its shape.
         values: live values of the converted model.
         at: the step that the converted model runs next.
@@ -194,6 +182,7 @@ class Batch:
     """
 
     index: int
+    number: int
     original: Lane
     converted: Lane
     values: Values
@@ -252,17 +241,17 @@ class Lockstep:
         self.batches: list[_Progress] = []
         self.first: tuple[Lane, Lane] | None = None
         rank, size = world()
-        count = 0
+        self.count = 0  # of batches over all processes
         for i, batch in enumerate(batches):
             if batch.shape not in self.lanes:  # the shape is baked into a graph; a loader gives two at most
                 live = [*sites, *observers]
                 self.lanes[batch.shape] = (Lane(original, batch, sites), Lane(converted, batch, live))
             self.first = self.first or self.lanes[batch.shape]
-            count = i + 1
+            self.count = i + 1
             if i % size == rank:
                 self.batches.append(_Progress(batch, self.lanes[batch.shape]))
-        if 0 < count < size:
-            raise ArgumentError(f"{size} processes want at least {size} batches of images, these make {count}")
+        if 0 < self.count < size:
+            raise ArgumentError(f"{size} processes want at least {size} batches of images, these make {self.count}")
 
     def __enter__(self) -> "Lockstep":
         return self
@@ -290,7 +279,7 @@ class Lockstep:
             if len(found) < len(wanted):
                 raise CalibrationError(f"{collect[0].path}: its value in the original model is gone before it is read")
             stop = batch.converted.at(converted) if converted else progress.at[1]
-            batch.converted.run(batch.values, progress.at[1], stop, self.observers)
+            batch.converted.run(batch.values, progress.at[1], stop, self.observers, number=batch.number)
             progress.at = [end, max(stop, progress.at[1])]
             batch.at = progress.at[1]
             yield batch
@@ -302,6 +291,10 @@ class Lockstep:
         self._close(batch, values)
         return batch
 
+    def _number(self, index: int) -> int:
+        rank, size = world()
+        return index * size + rank
+
     def _open(self, index: int) -> tuple[Batch, Values]:
         """Return a batch and the live values of the original model."""
         progress = self.batches[index]
@@ -312,7 +305,8 @@ class Lockstep:
             if progress.images is not None:  # each lane gets its own: a model may write into its input
                 values[-1][lane.inputs[0]] = progress.images.clone()
         progress.images = None
-        return Batch(index, *progress.lanes, values[1], progress.at[1], {}, kept.get("pinned", {})), values[0]
+        number, pinned = self._number(index), kept.get("pinned", {})
+        return Batch(index, number, *progress.lanes, values[1], progress.at[1], {}, pinned), values[0]
 
     def _close(self, batch: Batch, values: Values) -> None:
         sides = {"0": values, "1": batch.values}
@@ -323,5 +317,6 @@ class Lockstep:
         """Run the converted model to its end, so that every observer has seen every image."""
         for i, progress in enumerate(self.batches):
             batch, _ = self._open(i)
-            batch.converted.run(batch.values, progress.at[1], len(batch.converted.steps), self.observers)
+            end = len(batch.converted.steps)
+            batch.converted.run(batch.values, progress.at[1], end, self.observers, number=batch.number)
         self.batches.clear()

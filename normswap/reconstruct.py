@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed import all_sum, gathered, world
+from .distributed import all_sum, gathered
 from .errors import CalibrationError
 from .estimate import METHODS
 from .gram import Gram, Solution, solve
-from .lockstep import Batch, Lane, Lockstep, Stop
+from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
 from .refine import Branch, Problem
@@ -47,7 +47,7 @@ class Reconstruction:
     def __init__(self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
         self.penalties: dict[torch.Size, float] = {}
-        self.batches = sum(gathered(len(lockstep.batches)))
+        self.batches = lockstep.count
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
         self.result = Calibration()
         self.routes: dict[tuple[int, Stop], Route] = {}
@@ -60,6 +60,8 @@ class Reconstruction:
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
             tokens, targets = _tokens(x, norm), _tokens(batch.collected[site], norm)
+            if self.method == "reconstruct":  # the layers behind make up for what a part of the rows leaves open
+                tokens, targets = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets)
             for part, target in zip(tokens.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True):
                 estimator.update(part, target)
         self.result.sites.append(estimator.solve(path))
@@ -80,7 +82,7 @@ class Reconstruction:
                 if members:
                     outputs = [rows_out(layer, batch.collected[stop]) for stop, layer in members]
                     y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-                    grams.setdefault(key, _Grams(self.batches)).update(self._number(batch), x, y)
+                    grams.setdefault(key, _Grams(self.batches)).update(batch.number, x, y)
         for key, members in with_bias.items():
             if members:
                 self._set(grams[key].reduce(), [layer for _, layer in members], [s.path for s, _ in members], key)
@@ -113,7 +115,7 @@ class Reconstruction:
             stream = batch.collected[writer.end]
             rows = picked(rows_in(layer, batch.values[source]), route.rows_layer)
             wanted_rows = route.rows(stream) - route.rows(rest)
-            grams.update(self._number(batch), rows, wanted_rows)
+            grams.update(batch.number, rows, wanted_rows)
             if batch.index < MEASURED:
                 wanted[batch.index] = stream
                 before.add(batch.peek(writer.end), stream)
@@ -131,10 +133,6 @@ class Reconstruction:
     @property
     def _original_lane(self) -> Lane:
         return self.lockstep.first[0]  # type: ignore[index]
-
-    def _number(self, batch: Batch) -> int:
-        rank, size = world()
-        return batch.index * size + rank
 
     def _route(self, lane: Lane, writer: Writer) -> Route:
         key = (id(lane), writer.stop)
@@ -227,6 +225,23 @@ def _held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
 
 
+def drawn(number: int, kept: int, batches: int, *rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return a random part of the rows `[M, C]` of a batch, the same of each tensor.
+
+    Args:
+        number: of the batch over all processes; the same number draws the same rows.
+        kept: about so many are kept of all batches together.
+        batches: how many batches all processes have.
+    """
+    count = len(rows[0])
+    share = kept / (batches * count)
+    if share >= 1:
+        return rows
+    generator = torch.Generator().manual_seed(number)
+    index = torch.randperm(count, generator=generator)[: math.ceil(share * count)].sort().values.to(rows[0].device)
+    return tuple(tensor.index_select(0, index) for tensor in rows)
+
+
 class _Grams:
     """The sums over the images fitted to, and over those held out.
 
@@ -242,11 +257,7 @@ class _Grams:
     def update(self, number: int, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add rows of the batch with that number over all processes, or a random part of them if there are plenty."""
         self.seen += len(x)
-        share = max(ROWS_KEPT, ROWS_KEPT_PER_INPUT * x.shape[1]) / (self.batches * len(x))
-        if share < 1:
-            generator = torch.Generator().manual_seed(number)
-            drawn = torch.randperm(len(x), generator=generator)[: math.ceil(share * len(x))].to(x.device)
-            x, y = x[drawn], y[drawn]
+        x, y = drawn(number, max(ROWS_KEPT, ROWS_KEPT_PER_INPUT * x.shape[1]), self.batches, x, y)
         if not self.parts:
             fit = Gram.like(x, y)
             self.parts = [fit, fit.empty()]

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.attention import sdpa_kernel
 
 from .distributed import all_sum, gathered, world
-from .gram import Gram
+from .gram import Gram, fast_products
 from .graph import operation
-from .lockstep import Lane, Stop, Values, attention_kernels
+from .lockstep import Lane, Stop, Values
 from .route import descendants, image_dependent
 
-STEPS = 40  # at most; each on one batch
+STEPS = 28  # at most; each on one batch
 LEARNING_RATE = 0.02  # of Adam, times the root mean square of the whitened weights
 TESTED_ON = 3  # batches at most, before and after
 DAMPING = 0.01  # of the whitening, relative to the mean variance
@@ -50,13 +49,11 @@ class Branch:
         )
         self.nodes = [step.node for step in lane.steps if step.node in needed]
         self.mixes_tokens = any(operation(node) in _MIXING for node in self.nodes)
-        self.kernels = attention_kernels(self.nodes)
 
     def __call__(self, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
         values: Values = dict(zip(self.starts, outputs, strict=True))
-        with sdpa_kernel(self.kernels):
-            for node in self.nodes:
-                values[node] = self.lane.execute(node, values)
+        for node in self.nodes:
+            values[node] = self.lane.execute(node, values)
         return values[self.end]
 
 
@@ -99,10 +96,16 @@ class Problem:
 
     def _loss(self, index: int, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> torch.Tensor:
         x, branch, wanted = self.load(index)
-        dtype = weights[0].dtype
-        x = (x.to(dtype) - self.mean.to(dtype)) @ self.whiten.T.to(dtype)
-        outputs = [nn.functional.linear(x, w, b).to(wanted.dtype) for w, b in zip(weights, biases, strict=True)]
-        return (branch(outputs) - wanted).to(dtype).square().mean()
+        outputs = self._outputs(self._white(x, weights[0].dtype), weights, biases, wanted.dtype)
+        return (branch(outputs) - wanted).to(weights[0].dtype).square().mean()
+
+    def _white(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (x.to(dtype) - self.mean.to(dtype)) @ self.whiten.T.to(dtype)  # [..., K]
+
+    def _outputs(
+        self, x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        return [nn.functional.linear(x, w, b).to(dtype) for w, b in zip(weights, biases, strict=True)]
 
     def _test(self, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)
@@ -123,7 +126,7 @@ class Problem:
         if not before > 0:
             return 1.0
         self.unit = before / len(self.test)
-        parameters = [t.clone().requires_grad_() for t in (*weights, *biases)]
+        parameters = [t.clone() for t in (*weights, *biases)]
         groups = []
         for i, weight in enumerate(weights):
             rate = LEARNING_RATE * float(weight.square().mean().sqrt())
@@ -142,11 +145,10 @@ class Problem:
                 group["lr"] = rate * min(1.0, (step + 1) / 5) * (1 - step / steps)
             self._gradients(index, parameters, len(weights))
             optimizer.step()
-        found = [p.detach() for p in parameters]
-        after = self._test(found[: len(weights)], found[len(weights) :])
+        after = self._test(parameters[: len(weights)], parameters[len(weights) :])
         if not after < before:
             return 1.0
-        for layer, weight, bias in zip(self.layers, found, found[len(weights) :], strict=False):
+        for layer, weight, bias in zip(self.layers, parameters, parameters[len(weights) :], strict=False):
             plain = weight.double() @ self.whiten
             layer.weight.copy_(plain)
             if layer.bias is not None:
@@ -163,11 +165,22 @@ class Problem:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         else:
+            x, branch, wanted = self.load(index)
+            # Only a direction to step in: the layers' own products may be fast ones, the branch's stay exact.
+            with fast_products():
+                x = self._white(x, parameters[0].dtype)
+                outputs = self._outputs(x, parameters[:count], parameters[count:], wanted.dtype)
             with torch.enable_grad():
-                loss = self._loss(index, parameters[:count], parameters[count:]) / self.unit
-                grads = torch.autograd.grad(loss, parameters)
-            for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.grad = grad
+                for output in outputs:
+                    output.requires_grad_()
+                loss = (branch(outputs) - wanted).to(x.dtype).square().mean() / self.unit
+                grads = torch.autograd.grad(loss, outputs)
+            x = x.flatten(0, -2)  # [..., K] -> [M, K]
+            for i, grad in enumerate(grads):
+                rows = grad.to(x.dtype).flatten(0, -2)  # [..., O] -> [M, O]
+                with fast_products():
+                    parameters[i].grad = rows.T @ x
+                parameters[count + i].grad = rows.sum(0)
         for i, layer in enumerate(self.layers):
             if layer.bias is None:
                 parameters[count + i].grad = torch.zeros_like(parameters[count + i])

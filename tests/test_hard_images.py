@@ -25,7 +25,7 @@ from normswap import (
 from normswap.demo import FOLDER, MODEL
 
 from .models import family, images
-from .test_bad_input import ONE_THREAD, listing, out, refused
+from .test_bad_input import ONE_THREAD, hears_interrupts, listing, out, refused
 from .test_bad_input import images as digits
 from .test_cli import DEMO, one_object, run
 
@@ -239,6 +239,7 @@ def test_interrupt_while_activations_are_on_disk(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**ONE_THREAD, "TMPDIR": str(temporary)},
+        preexec_fn=hears_interrupts,
     ) as process:
         until = time.monotonic() + 120
         while not list(temporary.glob("normswap-*/*.pt")):
