@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import resource
 import shutil
@@ -19,16 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from normswap.demo import FOLDER, MODEL
 
+from .child import ONE_THREAD, started
 from .test_cli import DEMO, IMAGES, one_object, run
-
-# One thread: the machine that runs the tests has other things to do.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def hears_interrupts() -> None:
-    """Run in a child before its program: what a shell starts in the background inherits a deaf ear for Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 
 VIT = ("vit_tiny_patch16_224", "--img-size=32", "--num-classes=10")
 VIT += tuple(f"--model-kwargs={argument}" for argument in ("patch_size=4", "embed_dim=48", "depth=4", "num_heads=3"))
@@ -391,14 +382,7 @@ def test_disk_full(out):
 def test_interrupt(tmp_path):
     """Ctrl-C in the middle of the work."""
     command = [sys.executable, "-m", "normswap_cli", "demo", "-o", str(tmp_path / "out")]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ONE_THREAD,
-        preexec_fn=hears_interrupts,
-    ) as process:
+    with started(command) as process:
         assert process.stderr is not None
         assert any(line.startswith("evaluate") for line in process.stderr)  # said right before the work starts
         process.send_signal(signal.SIGINT)

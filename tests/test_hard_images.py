@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -24,9 +23,10 @@ from normswap import (
 )
 from normswap.demo import FOLDER, MODEL
 
+from .child import started
 from .models import family, images
-from .test_bad_input import ONE_THREAD, hears_interrupts, listing, out, refused
 from .test_bad_input import images as digits
+from .test_bad_input import listing, out, refused
 from .test_cli import DEMO, one_object, run
 
 __all__ = ["digits", "out"]  # fixtures
@@ -233,14 +233,7 @@ def test_interrupt_while_activations_are_on_disk(tmp_path):
     target.mkdir()
     command = [sys.executable, "-m", "normswap_cli", "convert", *map(str, DEMO), "--calib-samples", "320"]
     command += ["--memory-budget", "3M", "-o", str(target / "out")]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**ONE_THREAD, "TMPDIR": str(temporary)},
-        preexec_fn=hears_interrupts,
-    ) as process:
+    with started(command, TMPDIR=str(temporary)) as process:
         until = time.monotonic() + 120
         while not list(temporary.glob("normswap-*/*.pt")):
             assert process.poll() is None, "it ended before anything went to disk"
