@@ -17,7 +17,7 @@ from .graph import eval_mode, find_module
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
-from .reconstruct import ROWS_KEPT, Reconstruction, drawn
+from .reconstruct import HELD_OUT, ROWS_KEPT, Reconstruction, drawn
 from .report import Calibration
 from .route import Readers, Writer, find_readers, find_writers
 from .spill import default_budget
@@ -179,13 +179,14 @@ def _where(item: Any) -> str:
 
 
 def shuffled(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
-    """Yield the images `[B, C, H, W]` in batches of ``size`` or a little less, in a random order, always the same.
+    """Yield the images `[B, C, H, W]` in batches of ``size`` or less, in a random order, always the same.
 
     Folders are read class by class. In that order the images held out would be of other classes than those fitted to.
     """
     found = [image for batch in rebatched(images, size) for image in batch]
-    # Every shape is exported on its own, so one that divides the number of images saves time.
-    size = min(range(size, size - size // 4, -1), key=lambda n: len(found) % n > 0)
+    # Few images make small batches, so that some are held out; a size that divides their number saves an export.
+    size = max(1, min(size, len(found) // HELD_OUT))
+    size = min(range(size, size - size // 4 - 1, -1), key=lambda n: len(found) % n > 0)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
     for indices in order if found else ():
         yield torch.stack([found[index] for index in indices.tolist()])  # [C, H, W] each -> [B, C, H, W]

@@ -251,7 +251,7 @@ def test_interrupt_while_activations_are_on_disk(tmp_path):
 
 @pytest.mark.parametrize("ratio", [5, 15, 30])
 def test_tokens_with_massive_activations(ratio):
-    """Two tokens carry one huge channel through the whole depth, as large ViTs' do: the others must not pay for them."""
+    """Two tokens carry one huge channel through the depth, as large ViTs' do: the others must not pay for them."""
     model = normswap.load_model(MODEL)
     images = torch.cat([batch for batch, _ in normswap.load_images(model, FOLDER, "train")])
     others = torch.cat([batch for batch, _ in normswap.load_images(model, FOLDER, "validation")])
