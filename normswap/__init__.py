@@ -14,15 +14,18 @@ from .errors import (
     CheckpointError,
     DataError,
     FoldError,
+    MissingExtraError,
     ModelRefusedError,
     NoLayerNormError,
     NormswapError,
     OutputError,
 )
 from .evaluate import evaluate_models
+from .finetune import finetune
 from .fold import fold_norms
 from .pipeline import Conversion, convert
 from .plan import Plan, make_plan
+from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
 from .swap import swap_norms
@@ -37,7 +40,9 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "DataError",
+    "FinetuneOptions",
     "FoldError",
+    "MissingExtraError",
     "ModelRefusedError",
     "NoLayerNormError",
     "NormswapError",
@@ -46,6 +51,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate_models",
+    "finetune",
     "fold_norms",
     "load",
     "load_images",

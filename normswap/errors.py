@@ -41,6 +41,10 @@ class OutputError(NormswapError, OSError):
     """The output folder cannot be written; what stood there before still stands."""
 
 
+class MissingExtraError(NormswapError, ImportError):
+    """A package that only some commands need is not installed; names the extra that brings it."""
+
+
 class ModelRefusedError(NormswapError, ValueError):
     """A model normswap does not convert; the text says why."""
 

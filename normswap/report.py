@@ -128,6 +128,36 @@ class Calibration:
     stream: list[StreamError] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Finetuning:
+    """What `finetune` did.
+
+    Attributes:
+        options: every option, as text.
+        images, held_out: how many were trained on, and how many measured the rest.
+        steps: how many were tried; ``dropped`` of them gave numbers that were not finite.
+        loss_first, loss_last: mean training loss of the first and of the last tenth of the steps.
+        kl_before, kl_after: mean KL (or relative squared error, without classes) from the original, images held out.
+        agreement_before, agreement_after: percent of them with the original's answer.
+        taken: False if the model was not closer than before and got its old weights back.
+        seconds: wall time of the training.
+    """
+
+    options: dict[str, str]
+    images: int
+    held_out: int
+    steps: int
+    dropped: int
+    loss_first: float | None
+    loss_last: float | None
+    kl_before: float
+    kl_after: float
+    agreement_before: float | None
+    agreement_after: float | None
+    taken: bool
+    seconds: float
+
+
 @dataclass
 class ConversionReport:
     """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps."""
@@ -147,6 +177,7 @@ class ConversionReport:
     fits: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
     stream: list[StreamError] = field(default_factory=list)
+    finetuning: Finetuning | None = None
     stages: list[StageMetrics] = field(default_factory=list)
     fold_max_abs_err: float | None = None
     created_biases: list[str] = field(default_factory=list)

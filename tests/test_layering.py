@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The order in which the data flows. New rooms have a place: finetune after calibrate, export after save.
+# The order in which the data flows. New rooms have a place: export after save.
 ROAD = (
     "errors",
     "atomic",
+    "state",
     "report",
     "norm",
     "graph",
@@ -31,6 +32,10 @@ ROAD = (
     "refine",
     "reconstruct",
     "calibrate",
+    "distil",
+    "recipe",
+    "training",
+    "finetune",
     "fold",
     "evaluate",
     "card",

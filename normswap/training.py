@@ -1,0 +1,317 @@
+"""The loop: one step after the other, from the start or from a saved state, until images held out decide."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+
+from .calibrate import Progress
+from .distil import distance, hints, is_classifier, taps
+from .distributed import all_sum, world
+from .errors import ArgumentError, CalibrationError, MissingExtraError
+from .graph import eval_mode, find_module
+from .moments import Moments
+from .norm import TokenBatchNorm
+from .recipe import FinetuneOptions, learning_rate
+from .report import Finetuning
+from .state import TrainingState
+from .swap import batch_norms
+
+# One image in ten, and at most so many, are not trained on; they show the agreement and decide at the end.
+HELD_OUT, MOST_HELD_OUT = 10, 512
+
+
+class Run:
+    """One run: what is trained, on what, and how far it is."""
+
+    def __init__(
+        self,
+        swapped: nn.Module,
+        original: nn.Module,
+        options: FinetuneOptions,
+        pixels: torch.Tensor,
+        labels: torch.Tensor | None,
+    ) -> None:
+        self.student, self.teacher, self.options = swapped, original, options
+        self.pixels, self.labels = pixels, labels
+        self.norms = batch_norms(swapped)
+        self.sites = [p for p in self.norms if isinstance(find_module(original, p), nn.LayerNorm)]
+        if not self.sites:
+            raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm")
+        held = min(max(len(pixels) // HELD_OUT, 1), MOST_HELD_OUT)
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(options.seed))
+        self.held, self.train = order[:held], order[held:]
+        rank, size = world()
+        per_step = options.batch_size * options.accumulate * size
+        self.steps_per_epoch = len(self.train) // per_step
+        if self.steps_per_epoch == 0:
+            raise ArgumentError(
+                f"{len(self.train)} images to train on ({held} are held out) are fewer than the {per_step} of one step: "
+                f"give more images or a smaller batch size"
+            )
+        self.rank, self.size = rank, size
+        self.total = self.steps_per_epoch * options.epochs
+        self.step = self.dropped = self.in_a_row = 0
+        self.losses: list[float] = []
+        self._check_heads()
+        self.start = {name: tensor.clone() for name, tensor in swapped.state_dict().items()}
+        self.before = self.measure(swapped)
+        self.accelerator, self.optimizer, self.model = _prepared(swapped, options)
+        self.average = _average(swapped, options.ema)
+
+    def _check_heads(self) -> None:
+        with eval_mode(self.student, self.teacher), torch.no_grad():
+            shapes = [tuple(model(self.pixels[:1]).shape[1:]) for model in (self.student, self.teacher)]
+        if shapes[0] != shapes[1]:
+            raise ArgumentError(
+                f"the models have different heads: {shapes[0]} outputs against the original's {shapes[1]}"
+            )
+        if self.options.labels > 0:
+            if self.labels is None:
+                raise ArgumentError("the labels' loss is wanted, but the images have no labels")
+            if int(self.labels.min()) < 0 or int(self.labels.max()) >= shapes[0][0]:
+                raise ArgumentError(
+                    f"labels go from {int(self.labels.min())} to {int(self.labels.max())}, "
+                    f"the model has classes 0 to {shapes[0][0] - 1}"
+                )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what must be the same for a state to belong to this run."""
+        plain = {key: str(value) for key, value in asdict(self.options).items()}
+        sums = [float(t.double().sum()) for t in (self.pixels[self.train[:8]], *list(self.start.values())[:4])]
+        return {"options": plain, "images": len(self.pixels), "processes": self.size, "sums": sums}
+
+    def go(self, kept: TrainingState | None, save_every: float, progress: Progress) -> Finetuning:
+        began = saved = time.monotonic()
+        first = self.step
+        agreement = self.before[1]
+        with _trained(self.norms.values(), self.options):
+            while self.step < self.total:
+                if not self._take():
+                    self.in_a_row += 1
+                    self.dropped += 1
+                    if self.in_a_row >= self.options.bad_steps:
+                        if kept is not None and self.rank == 0:
+                            kept.save(self.state())  # a dropped step changes nothing, so this is the last good one
+                        self._restore(self.start)
+                        raise CalibrationError(
+                            f"fine-tuning: {self.in_a_row} steps in a row gave no finite loss or gradient, at step "
+                            f"{self.step + 1} of {self.total}: lower the learning rate (now {self.options.lr:g})"
+                        )
+                else:
+                    self.in_a_row = 0
+                self.step += 1
+                if self.step % self.steps_per_epoch == 0 and self.step < self.total:
+                    agreement = self.measure(self.student)[1]
+                if kept is not None and self.in_a_row == 0 and time.monotonic() - saved >= save_every:
+                    if self.rank == 0:
+                        kept.save(self.state())
+                    saved = time.monotonic()
+                rate = (self.step - first) * self._per_step() / (time.monotonic() - began)
+                progress(self._said(agreement, rate), self.step, self.total)
+        return self._finish(kept, time.monotonic() - began)
+
+    def _finish(self, kept: TrainingState | None, seconds: float) -> Finetuning:
+        if self.average is not None:
+            self._restore(self.average.module.state_dict())
+        if self.options.bn_mode == "train":
+            estimate_statistics(self.student, list(self._clean()))
+        after = self.measure(self.student)
+        taken = bool(after[0] < self.before[0])
+        if not taken:
+            self._restore(self.start)
+        if kept is not None and self.rank == 0:
+            kept.remove()
+        tenth = max(len(self.losses) // 10, 1)
+        return Finetuning(
+            options={key: str(value) for key, value in asdict(self.options).items()},
+            images=len(self.train),
+            held_out=len(self.held),
+            steps=self.total,
+            dropped=self.dropped,
+            loss_first=_mean(self.losses[:tenth]),
+            loss_last=_mean(self.losses[-tenth:]),
+            kl_before=self.before[0],
+            kl_after=after[0],
+            agreement_before=self.before[1],
+            agreement_after=after[1],
+            taken=taken,
+            seconds=round(seconds, 2),
+        )
+
+    def _per_step(self) -> int:
+        return self.options.batch_size * self.options.accumulate * self.size
+
+    def _said(self, agreement: float | None, rate: float) -> str:
+        loss = f"loss {_mean(self.losses[-20:]):.3f}" if self.losses else "loss -"
+        same = "" if agreement is None else f", agreement {agreement:.1f} %"
+        dropped = f", {self.dropped} dropped" if self.dropped else ""
+        return f"finetune: {loss}{same}, {rate:.0f} images/s{dropped}"
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """Yield the indices of this process's batches of the step at hand."""
+        epoch, at = divmod(self.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.options.seed + 1 + epoch)
+        order = self.train[torch.randperm(len(self.train), generator=generator)]
+        of_step = order[at * self._per_step() : (at + 1) * self._per_step()]
+        yield from of_step.view(self.size, -1)[self.rank].split(self.options.batch_size)  # [S] -> [ranks, S / ranks]
+
+    def _take(self) -> bool:
+        """Make one step; False if it was dropped because a number was not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.lr * learning_rate(self.step, self.total, self.options.warmup)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for index in self._batches():
+            loss = self._loss(index) / self.options.accumulate
+            total += float(loss.detach())
+            self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+        fine = torch.tensor([float(math.isfinite(total) and bool(torch.isfinite(norm)))], device=self.pixels.device)
+        all_sum(fine)
+        if float(fine) < self.size:  # one process's bad numbers are in everyone's gradients
+            self.optimizer.zero_grad()
+            return False
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.student)
+        self.losses.append(total)
+        return True
+
+    def _loss(self, index: torch.Tensor) -> torch.Tensor:
+        x = self.pixels[index]
+        o = self.options
+        device = x.device.type
+        cast = torch.autocast(device, o.amp_dtype or torch.bfloat16, enabled=o.amp_dtype is not None)
+        with cast, taps(self.teacher, self.sites) as wanted, torch.no_grad():
+            answer = self.teacher(x)
+        with cast, taps(self.student, self.sites) as found:
+            output = self.model(x)
+        loss = output.new_zeros((), dtype=torch.float32)
+        if o.kl:
+            loss = loss + o.kl * distance(output.float(), answer.float()).mean()
+        if o.features:
+            loss = loss + o.features * hints(found, wanted)
+        if o.labels and self.labels is not None:
+            loss = loss + o.labels * F.cross_entropy(output.float(), self.labels[index])
+        return loss
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> tuple[float, float | None]:
+        """Return the mean distance from the original on the images held out, and the agreement in percent."""
+        total, same, classes = 0.0, 0, True
+        for index in self.held.split(self.options.batch_size):
+            with eval_mode(model, self.teacher):
+                output, answer = model(self.pixels[index]), self.teacher(self.pixels[index])
+            total += float(distance(output.float(), answer.float()).double().sum())
+            classes = is_classifier(output)
+            same += int((output.argmax(-1) == answer.argmax(-1)).sum()) if classes else 0
+        count = len(self.held)
+        return total / count, 100 * same / count if classes else None
+
+    def _clean(self) -> Iterator[torch.Tensor]:
+        for index in self.train.split(self.options.batch_size)[self.rank :: self.size]:
+            yield self.pixels[index]
+
+    def _restore(self, weights: dict[str, torch.Tensor]) -> None:
+        self.student.load_state_dict(weights)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on."""
+        return {
+            "model": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.module.state_dict() if self.average is not None else None,
+            "start": self.start,
+            "before": list(self.before),
+            "counts": [self.step, self.dropped],
+            "losses": self.losses,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self._restore(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.start, self.before = state["start"], tuple(state["before"])  # type: ignore[assignment]
+        self.step, self.dropped = state["counts"]
+        self.losses = list(state["losses"])
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:
+    """Set every BatchNorm's statistics to the mean and variance `[C]` of what it sees in train mode, in place.
+
+    Everything else is in eval mode, so that drop path does not shift the variance (Li & Yang 2019's variance shift,
+    "Understanding the Disharmony between Dropout and Batch Normalization", section 3). Sums over all processes.
+    """
+    norms = batch_norms(model)
+    moments = {path: Moments() for path in norms}
+    hooks = [norm.register_forward_pre_hook(_watch(norm, moments[path])) for path, norm in norms.items()]
+    try:
+        with eval_mode(model):
+            for norm in norms.values():
+                norm.train()
+            for batch in batches:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, norm in norms.items():
+        moments[path].reduce()
+        if not moments[path].finite:
+            raise CalibrationError(f"{path}: statistics are not finite after fine-tuning: lower the learning rate")
+        norm.set_statistics(moments[path].mean, moments[path].var)
+
+
+def _watch(norm: TokenBatchNorm, moments: Moments) -> Callable[..., None]:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].movedim(norm.channel_dim, -1)
+        moments.update(x.reshape(-1, norm.num_features))  # [..., C] -> [M, C]
+
+    return hook
+
+
+def _prepared(student: nn.Module, options: FinetuneOptions) -> tuple[Any, torch.optim.Optimizer, nn.Module]:
+    """Return accelerate's Accelerator, the optimiser, and the model to call (wrapped where there are processes)."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise MissingExtraError("fine-tuning needs accelerate: pip install 'normswap[train]'") from error
+    device = next(student.parameters()).device
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, kwargs_handlers=[unused])
+    optimizer = create_optimizer_v2(student, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay)
+    return accelerator, optimizer, accelerator.prepare_model(student, device_placement=False)
+
+
+def _average(student: nn.Module, decay: float | None) -> ModelEmaV3 | None:
+    return None if decay is None else ModelEmaV3(student, decay=decay)
+
+
+@contextmanager
+def _trained(norms: Iterable[TokenBatchNorm], options: FinetuneOptions) -> Iterator[None]:
+    """Let the BatchNorms use the statistics of each batch if they are to; everything else is in eval mode."""
+    norms = list(norms)
+    before = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = options.momentum
+            norm.training = options.bn_mode == "train"
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum, norm.training = momentum, False
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
