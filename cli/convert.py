@@ -51,6 +51,7 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
 @click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
 @click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
+@o.finetune_options()
 @click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
 @o.output_options()
 def convert(**options: Any) -> None:
@@ -99,6 +100,10 @@ def run(console: Console, options: dict[str, Any]) -> None:
     console.say("evaluate", f"on {evaluation.description}")
     if one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
+    training = o.finetuning(options)
+    train = images.draw(options["finetune_samples"], options["seed"]) if options["finetune_samples"] else calibration
+    if training is not None:
+        console.say("finetune", f"{training.epochs} epochs, on {train.description}")
     if options["dry_run"]:
         console.result({**plan.to_json(options["ffn_bn"]), "dry_run": True}, str(plan))
         return
@@ -118,6 +123,10 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 atol=options["atol"],
                 max_drop=options["max_drop"],
                 amp_dtype=o.amp_dtype(options),
+                finetune_options=training,
+                finetune_images=train,
+                finetune_state=options["finetune_state"],
+                resume=options["resume"],
                 name=options["model"],
                 progress=progress,
             )
@@ -152,6 +161,8 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         seconds = report.seconds["calibrate"]
         cost = f"{seconds:.1f} s, {report.calibration_passes:.1f} plain forward passes over the same images"
         console.say("cost", f"calibration took {cost}")
+    if report.finetuning is not None:
+        console.say("finetune", report.finetuning.line())
     for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
         console.say("kept", line)
     for stage in report.stages:

@@ -120,6 +120,94 @@ def data_options() -> Callable[[F], F]:
     )
 
 
+def finetune_options() -> Callable[[F], F]:
+    return _all(
+        click.option(
+            "--finetune-epochs", type=click.IntRange(0), default=0, show_default=True, help="distil from the original"
+        ),
+        click.option("--finetune-samples", type=click.IntRange(2), help="images to train on [those of calibration]"),
+        click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
+        click.option(
+            "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
+        ),
+        click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True),
+        click.option(
+            "--warmup",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.1,
+            show_default=True,
+            help="of the steps",
+        ),
+        click.option("--train-batch-size", type=click.IntRange(1), default=32, show_default=True, help="of one step"),
+        click.option("--grad-accum-steps", type=click.IntRange(1), default=1, show_default=True),
+        click.option("--clip-grad", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
+        click.option("--kl-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the answers"),
+        click.option(
+            "--feature-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the residual stream"
+        ),
+        click.option(
+            "--label-weight", type=click.FloatRange(0), default=0.0, show_default=True, help="of the labels' loss"
+        ),
+        click.option(
+            "--bn-mode",
+            type=click.Choice(["frozen", "train"]),
+            default="frozen",
+            show_default=True,
+            help="BatchNorm as it was set, or with each batch's statistics",
+        ),
+        click.option(
+            "--model-ema-decay",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="average the weights [off]",
+        ),
+        click.option("--train-amp", is_flag=True, help="fine-tune in bfloat16 mixed precision"),
+        click.option(
+            "--finetune-state",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="keep the run's state here",
+        ),
+        click.option("--resume", is_flag=True, help="go on from --finetune-state"),
+    )
+
+
+def finetuning(options: dict[str, Any]) -> Any:
+    """Return the `normswap.FinetuneOptions` that were asked for, None without fine-tuning.
+
+    Raises:
+        ArgumentError: numbers that cannot be meant, or --resume without a state.
+    """
+    import torch
+
+    from normswap.errors import ArgumentError
+    from normswap.recipe import FinetuneOptions
+
+    if not options["finetune_epochs"]:
+        if options["resume"] or options["finetune_state"]:
+            raise ArgumentError("--resume and --finetune-state go with --finetune-epochs")
+        return None
+    if options["resume"] and options["finetune_state"] is None:
+        raise ArgumentError("--resume needs --finetune-state, the file to go on from")
+    chosen = FinetuneOptions(
+        epochs=options["finetune_epochs"],
+        lr=options["lr"],
+        opt=options["opt"],
+        weight_decay=options["weight_decay"],
+        warmup=options["warmup"],
+        batch_size=options["train_batch_size"],
+        accumulate=options["grad_accum_steps"],
+        clip_grad=options["clip_grad"],
+        kl=options["kl_weight"],
+        features=options["feature_weight"],
+        labels=options["label_weight"],
+        bn_mode=options["bn_mode"],
+        ema=options["model_ema_decay"],
+        amp_dtype=torch.bfloat16 if options["train_amp"] else None,
+        seed=options["seed"],
+    )
+    chosen.check()
+    return chosen
+
+
 def output_options() -> Callable[[F], F]:
     return _all(
         click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),

@@ -17,9 +17,11 @@ from .checkpoint import load_model
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
 from .evaluate import evaluate_models
+from .finetune import finetune
 from .fold import created_biases, fold_norms, max_difference
 from .graph import eval_mode
 from .plan import FfnBn, Plan, make_plan
+from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swap import swap_norms
@@ -70,6 +72,10 @@ def convert(
     atol: float = DEFAULT_ATOL,
     max_drop: float | None = None,
     amp_dtype: torch.dtype | None = None,
+    finetune_options: FinetuneOptions | None = None,
+    finetune_images: Iterable[Any] | None = None,
+    finetune_state: str | Path | None = None,
+    resume: bool = False,
     name: str | None = None,
     progress: Progress = no_progress,
 ) -> Conversion:
@@ -89,13 +95,17 @@ def convert(
         atol: largest absolute difference of an output that the fold may cause.
         max_drop: largest tolerated loss of top-1, in points.
         amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
+        finetune_options: fine-tune after calibration, see `normswap.finetune`; default: do not.
+        finetune_images: what to fine-tune on, in the form of ``images``; default: ``images``.
+        finetune_state, resume: the file that keeps the state of the fine-tuning, and whether to go on from it.
         name: what to call the model in the report.
         progress: called with (what, done, total).
 
     Raises:
         ArgumentError: an argument that cannot be meant, or no images.
         ModelRefusedError, NoLayerNormError: see `make_plan`.
-        CalibrationError, FoldError: statistics or folded weights that are not finite.
+        CalibrationError, FoldError: statistics, training or folded weights that are not finite.
+        CheckpointError, OutputError, MissingExtraError: from `normswap.finetune`.
         CheckFailedError: fused and unfused differ by more than ``atol``, or top-1 fell by more than ``max_drop``;
             its ``report`` holds what was measured.
     """
@@ -112,7 +122,7 @@ def convert(
     plan = plan or make_plan(model, keep, input_size=size)
     if tuple(plan.input_size) != size:  # padding, and with it a fold, may depend on the size
         raise ArgumentError(f"the plan is for images of {list(plan.input_size)}, these are {list(size)}")
-    clock = _Clock(plan=round(plan.seconds, 3), finetune=0.0)  # there is no fine-tuning yet
+    clock = _Clock(plan=round(plan.seconds, 3), finetune=0.0)
     if not plan.swapped_sites:
         raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
     count = sum(len(batch) for batch in batches)
@@ -127,9 +137,17 @@ def convert(
     calibrated = copy.deepcopy(swapped)
     with clock("calibrate"):
         fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, progress)
+    trained, finetuning = calibrated, None
+    if finetune_options is not None:
+        trained = copy.deepcopy(calibrated)
+        source = items if finetune_images is None else finetune_images
+        with clock("finetune"):
+            finetuning = finetune(
+                trained, source, original, finetune_options, state=finetune_state, resume=resume, progress=progress
+            )
     with clock("fold"):
-        fused = fold_norms(calibrated, input_size=plan.input_size)
-        difference = max_difference(calibrated, fused, batches)
+        fused = fold_norms(trained, input_size=plan.input_size)
+        difference = max_difference(trained, fused, batches)
 
     report = ConversionReport(
         model=name or plan.model,
@@ -146,11 +164,13 @@ def convert(
         layers=fitted.layers,
         stream=fitted.stream,
         reconstruct=reconstruct if method == "reconstruct" else None,
+        finetuning=finetuning,
         fold_max_abs_err=difference,
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,
     )
-    stages = {"original": original, "swapped": swapped, "calibrated": calibrated, "fused": fused}
+    stages = {"original": original, "swapped": swapped, "calibrated": calibrated}
+    stages |= ({"finetuned": trained} if finetuning is not None else {}) | {"fused": fused}
     with clock("evaluate"):
         source = items if eval_images is None else eval_images
         total = len(eval_images) if isinstance(eval_images, ImageSet) else count
@@ -159,7 +179,7 @@ def convert(
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
     if not difference <= atol:
-        raise _failed(report, f"{_fold_problem(calibrated, batches, plan, difference, atol)}: not saved")
+        raise _failed(report, f"{_fold_problem(trained, batches, plan, difference, atol)}: not saved")
     drop = report.top1_drop
     if max_drop is not None and drop is None:
         raise _failed(report, "--max-drop needs labels, and there are none: not saved")
@@ -196,16 +216,14 @@ def _describe(images: Iterable[Any], count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
 
 
-def _fold_problem(
-    calibrated: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float
-) -> str:
+def _fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float) -> str:
     """Say whether the fold or the model's own conditioning is at fault, by folding once more in float64."""
     text = f"fused and unfused differ by {difference:.3g} in a logit, more than --atol {atol:g}"
-    double = copy.deepcopy(calibrated).double()
+    double = copy.deepcopy(unfused).double()
     exact = max_difference(double, fold_norms(double, input_size=plan.input_size), (b.double() for b in batches))
     if exact > atol:
         return f"{text} (in float64 by {exact:.3g})"
-    dtype = next(calibrated.parameters()).dtype
+    dtype = next(unfused.parameters()).dtype
     if dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         return f"{text}; in float64 by {exact:.1g}, so the fold is right but {name} is coarse: convert model.float()"

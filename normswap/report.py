@@ -157,6 +157,16 @@ class Finetuning:
     taken: bool
     seconds: float
 
+    def line(self) -> str:
+        """Return what it did in one line."""
+        same = ""
+        if self.agreement_before is not None and self.agreement_after is not None:
+            same = f", same answer {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
+        end = "" if self.taken else "; no gain, so the weights before it stay"
+        dropped = f" ({self.dropped} dropped)" if self.dropped else ""
+        kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f}{same} on {self.held_out} images held out"
+        return f"{self.steps} steps{dropped} in {self.seconds:.0f} s; {kl}{end}"
+
 
 @dataclass
 class ConversionReport:

@@ -54,7 +54,7 @@ class Run:
         self.steps_per_epoch = len(self.train) // per_step
         if self.steps_per_epoch == 0:
             raise ArgumentError(
-                f"{len(self.train)} images to train on ({held} are held out) are fewer than the {per_step} of one step: "
+                f"{len(self.train)} images to train on ({held} held out) are fewer than one step takes, {per_step}: "
                 f"give more images or a smaller batch size"
             )
         self.rank, self.size = rank, size
@@ -241,7 +241,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self.start, self.before = state["start"], tuple(state["before"])  # type: ignore[assignment]
+        self.start, self.before = state["start"], tuple(state["before"])
         self.step, self.dropped = state["counts"]
         self.losses = list(state["losses"])
 
