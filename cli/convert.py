@@ -84,8 +84,14 @@ def run(console: Console, options: dict[str, Any]) -> None:
     model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
     if out is not None:
         check_saveable(model)
+    training = o.finetuning(options)
     images, evaluation = load_splits(
-        model, options["data_dir"], options["train_split"], options["split"], **o.data(options)
+        model,
+        options["data_dir"],
+        options["train_split"],
+        options["split"],
+        train_labels=training is not None and training.labels > 0,
+        **o.data(options),
     )
     if options["max_drop"] is not None and evaluation.num_classes is None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
@@ -100,7 +106,6 @@ def run(console: Console, options: dict[str, Any]) -> None:
     console.say("evaluate", f"on {evaluation.description}")
     if one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
-    training = o.finetuning(options)
     train = images.draw(options["finetune_samples"], options["seed"]) if options["finetune_samples"] else calibration
     if training is not None:
         console.say("finetune", f"{training.epochs} epochs, on {train.description}")
@@ -127,6 +132,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 finetune_images=train,
                 finetune_state=options["finetune_state"],
                 resume=options["resume"],
+                control=options["control"],
                 name=options["model"],
                 progress=progress,
             )

@@ -156,6 +156,17 @@ def finetune_options() -> Callable[[F], F]:
             help="BatchNorm as it was set, or with each batch's statistics",
         ),
         click.option(
+            "--fade", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="blend over this share of the run"
+        ),
+        click.option(
+            "--fade-order",
+            type=click.Choice(["all", "blockwise", "mlp-first"]),
+            default="all",
+            show_default=True,
+            help="which LayerNorms fade when",
+        ),
+        click.option("--control", is_flag=True, help="also fine-tune the unconverted model alike"),
+        click.option(
             "--model-ema-decay",
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
             help="average the weights [off]",
@@ -182,8 +193,8 @@ def finetuning(options: dict[str, Any]) -> Any:
     from normswap.recipe import FinetuneOptions
 
     if not options["finetune_epochs"]:
-        if options["resume"] or options["finetune_state"]:
-            raise ArgumentError("--resume and --finetune-state go with --finetune-epochs")
+        if options["resume"] or options["finetune_state"] or options["control"]:
+            raise ArgumentError("--resume, --finetune-state and --control go with --finetune-epochs")
         return None
     if options["resume"] and options["finetune_state"] is None:
         raise ArgumentError("--resume needs --finetune-state, the file to go on from")
@@ -200,6 +211,8 @@ def finetuning(options: dict[str, Any]) -> Any:
         features=options["feature_weight"],
         labels=options["label_weight"],
         bn_mode=options["bn_mode"],
+        fade=options["fade"],
+        fade_order=options["fade_order"],
         ema=options["model_ema_decay"],
         amp_dtype=torch.bfloat16 if options["train_amp"] else None,
         seed=options["seed"],

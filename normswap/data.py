@@ -188,7 +188,13 @@ def load_images(
 
 
 def load_splits(
-    model: nn.Module, data_dir: str | Path | None, train_split: str, split: str, dataset: str = "", **options: Any
+    model: nn.Module,
+    data_dir: str | Path | None,
+    train_split: str,
+    split: str,
+    dataset: str = "",
+    train_labels: bool = False,
+    **options: Any,
 ) -> tuple[ImageSet, ImageSet]:
     """Return the images to calibrate on and the images to evaluate on; the same split where there is only one.
 
@@ -197,6 +203,7 @@ def load_splits(
         data_dir, dataset: see `load_images`.
         train_split: where calibration images come from, if it exists.
         split: where evaluation images come from.
+        train_labels: whether the labels of the training split are wanted; if not, they need not fit the model.
         options: the other arguments of `load_images`.
 
     Raises:
@@ -210,8 +217,9 @@ def load_splits(
     evaluation = load_images(model, data_dir, names[-1], dataset, **options)
     if names[0] == names[-1]:
         return evaluation, evaluation
-    # Calibration takes no labels, so those of the training split need not fit the model.
-    return load_images(model, data_dir, names[0], dataset, **{**options, "labels": False}), evaluation
+    if not train_labels:
+        options["labels"] = False
+    return load_images(model, data_dir, names[0], dataset, **options), evaluation
 
 
 def _split_or_root(root: Path, split: str) -> Path:

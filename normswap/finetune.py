@@ -40,7 +40,7 @@ def finetune(
     passes the same images and trains on its share of them.
 
     Args:
-        swapped: a calibrated model with BatchNorm in.
+        swapped: a calibrated model with BatchNorm in; or a copy of ``original``, to see what training alone does.
         images: batches `[B, C, H, W]`, or pairs of them and labels `[B]`; held in memory.
         original: the teacher.
         options: see `FinetuneOptions`.

@@ -76,6 +76,7 @@ def convert(
     finetune_images: Iterable[Any] | None = None,
     finetune_state: str | Path | None = None,
     resume: bool = False,
+    control: bool = False,
     name: str | None = None,
     progress: Progress = no_progress,
 ) -> Conversion:
@@ -98,6 +99,7 @@ def convert(
         finetune_options: fine-tune after calibration, see `normswap.finetune`; default: do not.
         finetune_images: what to fine-tune on, in the form of ``images``; default: ``images``.
         finetune_state, resume: the file that keeps the state of the fine-tuning, and whether to go on from it.
+        control: also fine-tune a copy of the unconverted model alike, as stage "control": what training alone gains.
         name: what to call the model in the report.
         progress: called with (what, done, total).
 
@@ -110,6 +112,8 @@ def convert(
             its ``report`` holds what was measured.
     """
     check_method(method, reconstruct)
+    if control and (finetune_options is None or finetune_options.labels == 0):
+        raise ArgumentError("a control wants fine-tuning on labels; without them the original is its own teacher")
     if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
     weight = next(model.parameters())
@@ -137,10 +141,15 @@ def convert(
     calibrated = copy.deepcopy(swapped)
     with clock("calibrate"):
         fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, progress)
-    trained, finetuning = calibrated, None
+    trained, finetuning, controls = calibrated, None, {}
     if finetune_options is not None:
         trained = copy.deepcopy(calibrated)
         source = items if finetune_images is None else finetune_images
+        source = list(source) if control else source
+        if control:
+            controls = {"control": copy.deepcopy(original)}
+            with clock("control"):
+                finetune(controls["control"], source, original, finetune_options, progress=progress)
         with clock("finetune"):
             finetuning = finetune(
                 trained, source, original, finetune_options, state=finetune_state, resume=resume, progress=progress
@@ -169,7 +178,7 @@ def convert(
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,
     )
-    stages = {"original": original, "swapped": swapped, "calibrated": calibrated}
+    stages = {"original": original, **controls, "swapped": swapped, "calibrated": calibrated}
     stages |= ({"finetuned": trained} if finetuning is not None else {}) | {"fused": fused}
     with clock("evaluate"):
         source = items if eval_images is None else eval_images

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import ArgumentError
+from .fade import ORDERS
 
 BN_MODES = ("frozen", "train")
 
@@ -27,6 +28,8 @@ class FinetuneOptions:
         bn_mode: "frozen" trains through BatchNorm's fixed map, its statistics as calibration set them; "train" uses
             the statistics of each batch, and afterwards estimates them again on clean images.
         momentum: of the running statistics in "train".
+        fade: share of the run over which each LayerNorm is blended into its BatchNorm; 0 for none, see `normswap.fade`.
+        fade_order: "all", "blockwise" or "mlp-first".
         ema: decay of an exponential moving average of the weights, which is then the result; None for none.
         amp_dtype: autocast to it; None for float32.
         bad_steps: so many dropped steps in a row end the run.
@@ -46,6 +49,8 @@ class FinetuneOptions:
     labels: float = 0.0
     bn_mode: str = "frozen"
     momentum: float = 0.01
+    fade: float = 0.0
+    fade_order: str = "all"
     ema: float | None = None
     amp_dtype: torch.dtype | None = None
     bad_steps: int = 5
@@ -59,6 +64,10 @@ class FinetuneOptions:
         """
         if self.bn_mode not in BN_MODES:
             raise ArgumentError(f"bn_mode is one of {', '.join(BN_MODES)}, not {self.bn_mode!r}")
+        if self.fade_order not in ORDERS:
+            raise ArgumentError(f"fade_order is one of {', '.join(ORDERS)}, not {self.fade_order!r}")
+        if not 0 <= self.fade < 1:
+            raise ArgumentError(f"fade is a share of the run from 0 to below 1, not {self.fade}")
         positive = ("epochs", "lr", "batch_size", "accumulate", "clip_grad", "bad_steps")
         for name in positive:
             if not getattr(self, name) > 0:

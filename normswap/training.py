@@ -17,6 +17,7 @@ from .calibrate import Progress
 from .distil import distance, hints, is_classifier, taps
 from .distributed import all_sum, world
 from .errors import ArgumentError, CalibrationError, MissingExtraError
+from .fade import Fade
 from .graph import eval_mode, find_module
 from .moments import Moments
 from .norm import TokenBatchNorm
@@ -43,9 +44,13 @@ class Run:
         self.student, self.teacher, self.options = swapped, original, options
         self.pixels, self.labels = pixels, labels
         self.norms = batch_norms(swapped)
-        self.sites = [p for p in self.norms if isinstance(find_module(original, p), nn.LayerNorm)]
+        layer_norms = [path for path, module in original.named_modules() if isinstance(module, nn.LayerNorm)]
+        kinds = (TokenBatchNorm, nn.LayerNorm)
+        self.sites = [path for path in layer_norms if isinstance(find_module(swapped, path), kinds)]
         if not self.sites:
-            raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm")
+            raise ArgumentError(f"{type(swapped).__name__} has no norm where the original has a LayerNorm")
+        swapped_sites = [path for path in self.sites if path in self.norms]
+        self.fade = Fade(swapped, original, swapped_sites, options.fade, options.fade_order)
         held = min(max(len(pixels) // HELD_OUT, 1), MOST_HELD_OUT)
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(options.seed))
         self.held, self.train = order[:held], order[held:]
@@ -93,8 +98,9 @@ class Run:
         began = saved = time.monotonic()
         first = self.step
         agreement = self.before[1]
-        with _trained(self.norms.values(), self.options):
+        with _trained(self.norms.values(), self.options), self.fade.blended():
             while self.step < self.total:
+                self.fade.at(self.step / self.total)
                 if not self._take():
                     self.in_a_row += 1
                     self.dropped += 1
@@ -110,7 +116,7 @@ class Run:
                     self.in_a_row = 0
                 self.step += 1
                 if self.step % self.steps_per_epoch == 0 and self.step < self.total:
-                    agreement = self.measure(self.student)[1]
+                    agreement = self.measure(self.student)[1]  # blended as it is now
                 if kept is not None and self.in_a_row == 0 and time.monotonic() - saved >= save_every:
                     if self.rank == 0:
                         kept.save(self.state())
@@ -125,7 +131,8 @@ class Run:
         if self.options.bn_mode == "train":
             estimate_statistics(self.student, list(self._clean()))
         after = self.measure(self.student)
-        taken = bool(after[0] < self.before[0])
+        # A student that was its own teacher, as the unconverted model of a control, has no distance to lose.
+        taken = bool(after[0] < self.before[0]) or self.before[0] == 0
         if not taken:
             self._restore(self.start)
         if kept is not None and self.rank == 0:

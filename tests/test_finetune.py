@@ -309,7 +309,7 @@ def test_convert_fine_tunes(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--resume"], "--resume and --finetune-state go with --finetune-epochs"),
+        (["--resume"], "--resume, --finetune-state and --control go with --finetune-epochs"),
         (["--finetune-epochs", 1, "--resume"], "--resume needs --finetune-state"),
     ],
 )

@@ -33,6 +33,7 @@ ROAD = (
     "reconstruct",
     "calibrate",
     "distil",
+    "fade",
     "recipe",
     "training",
     "finetune",
