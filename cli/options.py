@@ -130,7 +130,9 @@ def finetune_options() -> Callable[[F], F]:
         click.option(
             "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
         ),
-        click.option("--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True),
+        click.option(
+            "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="of the optimiser"
+        ),
         click.option(
             "--warmup",
             type=click.FloatRange(0, 1, max_open=True),
@@ -139,8 +141,12 @@ def finetune_options() -> Callable[[F], F]:
             help="of the steps",
         ),
         click.option("--train-batch-size", type=click.IntRange(1), default=32, show_default=True, help="of one step"),
-        click.option("--grad-accum-steps", type=click.IntRange(1), default=1, show_default=True),
-        click.option("--clip-grad", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True),
+        click.option(
+            "--grad-accum-steps", type=click.IntRange(1), default=1, show_default=True, help="batches per step"
+        ),
+        click.option(
+            "--clip-grad", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="largest norm"
+        ),
         click.option("--kl-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the answers"),
         click.option(
             "--feature-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the residual stream"
