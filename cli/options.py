@@ -128,7 +128,7 @@ def finetune_options() -> Callable[[F], F]:
         click.option("--finetune-samples", type=click.IntRange(2), help="images to train on [those of calibration]"),
         click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
         click.option(
-            "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
+            "--lr", type=click.FloatRange(0, min_open=True), default=3e-6, show_default=True, help="peak learning rate"
         ),
         click.option(
             "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="of the optimiser"

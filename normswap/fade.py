@@ -1,6 +1,6 @@
 """Blend LayerNorm into BatchNorm while training, all at once or one after the other.
 
-``y = (1 - a) * LN(x) + a * BN(x)`` with a from 0 to 1, as the scripts that take LayerNorm out of language models do
+``y = (1 - a) * LN(x) + a * BN(x)`` with a from 0 to 1, as scripts that take LayerNorm out of language models do
 (docs/finetuning.md). When a is 1 nothing of LayerNorm is left. Everything is a share of the run, never a number of
 steps, so that a short run fades as a long one does.
 """
