@@ -174,7 +174,8 @@ class Problem:
                 for output in outputs:
                     output.requires_grad_()
                 loss = (branch(outputs) - wanted).to(x.dtype).square().mean() / self.unit
-                grads = torch.autograd.grad(loss, outputs)
+                # Of layers with a common input some may write elsewhere, as a projection of the residual stream does.
+                grads = torch.autograd.grad(loss, outputs, materialize_grads=True)
             x = x.flatten(0, -2)  # [..., K] -> [M, K]
             for i, grad in enumerate(grads):
                 rows = grad.to(x.dtype).flatten(0, -2)  # [..., O] -> [M, O]

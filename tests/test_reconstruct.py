@@ -9,6 +9,8 @@ from torch import nn
 
 from normswap import calibrate, convert, make_plan, swap_norms
 from normswap.calibrate import BATCH_SIZE
+from normswap.gram import Gram
+from normswap.refine import Problem
 from normswap.report import Calibration
 
 from .models import FAMILY, family, images
@@ -228,3 +230,24 @@ class _Transposed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.bn(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_gradient_steps_leave_a_layer_alone_whose_output_goes_elsewhere():
+    """As in Hiera, where a norm is read by qkv and by a projection of the residual stream."""
+    torch.manual_seed(0)
+    x = [torch.randn(4, 5, 6, dtype=torch.float64) for _ in range(6)]
+    used, elsewhere, wanted = (nn.Linear(6, 6, dtype=torch.float64) for _ in range(3))
+    before = copy.deepcopy((used.state_dict(), elsewhere.state_dict()))
+    gram = Gram(torch.zeros(6, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    for batch in x:
+        gram.update(batch.flatten(0, 1), torch.zeros(20, 1, dtype=torch.float64))
+
+    def load(index: int):
+        return x[index], lambda outputs: outputs[0].tanh(), wanted(x[index]).tanh()
+
+    with torch.no_grad():
+        left = Problem([used, elsewhere], gram.reduce(), load, len(x), lambda number: number == 5).refine()
+    assert left < 0.9
+    assert not torch.equal(used.weight, before[0]["weight"])
+    torch.testing.assert_close(elsewhere.weight.detach(), before[1]["weight"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(elsewhere.bias.detach(), before[1]["bias"], rtol=1e-10, atol=1e-12)
