@@ -138,7 +138,7 @@ def more_often(a: float, b: float) -> str:
 def table(runs: list[Row]) -> str:
     """Return one row per depth, learning rate and variant."""
     lines = [
-        "| depth | learning rate | variant | top-1 %, mean (range) | less LayerNorm's with the same seed | final loss "
+        "| depth | learning rate | variant | top-1 %, mean (range) | minus LayerNorm's, same seed | final loss "
         "| crashed | diverged | largest gradient norm | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -179,23 +179,26 @@ def crashes(runs: list[Row]) -> str:
 
 def stabilises(runs: list[Row]) -> str:
     """Return the finding on the paper's second claim."""
-    plain, parts = pick(runs, variant="batchnorm"), []
+    plain, parts = pick(runs, variant="batchnorm"), [f"BatchNorm only {failures(pick(runs, variant='batchnorm'))}"]
     for name in ("pre-act", "post-act"):
-        rows, gain = pick(runs, variant=name), differences(runs, name, "batchnorm")
-        parts.append(
-            f"{name}: crashed + diverged {failures(rows)}, {more_often(failed(rows), failed(plain))} without; top-1 "
-            f"{spread(gain, '+.2f')} points against without, {judge(gain)}"
-        )
-    return ". ".join(parts)
+        rows = pick(runs, variant=name)
+        parts.append(f"{name} {failures(rows)}, {more_often(failed(rows), failed(plain))} without")
+    lr = distinct(runs, "lr")[0]
+    return f"crashed + diverged: {'; '.join(parts)}. Top-1 {against(runs, 'batchnorm', ('pre-act', 'post-act'), lr)}"
+
+
+def against(runs: list[Row], other: str, variants: Iterable[str], lr: float) -> str:
+    """Return how the top-1 of some variants compares with that of another at one learning rate, all depths."""
+    parts = []
+    for name in variants:
+        values = differences(runs, name, other, lr=lr)
+        parts.append(f"{NAMES[name]} {spread(values, '+.2f')} points, {judge(values)}")
+    return f"at learning rate {lr:g} against {NAMES[other]}: {'; '.join(parts)}"
 
 
 def accurate(runs: list[Row], lr: float) -> str:
     """Return the finding on the paper's third claim at one learning rate, all depths."""
-    parts = []
-    for name in list(NAMES)[1:]:
-        values = differences(runs, name, "layernorm", lr=lr)
-        parts.append(f"{NAMES[name]} {spread(values, '+.2f')} points, {judge(values)}")
-    return f"at learning rate {lr:g} against LayerNorm: {'; '.join(parts)}"
+    return against(runs, "layernorm", list(NAMES)[1:], lr)
 
 
 def faster(inference: list[Row]) -> str:
@@ -306,6 +309,7 @@ def findings(runs: list[Row]) -> str:
         f"At learning rate {lr:g}, crashed + diverged: {by_variant(pick(runs, lr=lr), failures)}." for lr in rates
     ]
     points += [f"Top-1 {accurate(runs, lr)}." for lr in rates]
+    points += [f"Top-1 {against(runs, 'batchnorm', ('pre-act', 'post-act'), lr)}." for lr in rates]
     points += best(runs)
     points += [
         f"Final training loss at learning rate {rates[0]:g}, mean (range): {loss}.",
@@ -342,7 +346,7 @@ def plot(runs: list[Row], path: Path) -> None:
     except ImportError as error:
         raise click.ClickException('--report draws with matplotlib: pip install "normswap[report]"') from error
     rates, depths = distinct(runs, "lr"), distinct(runs, "depth")
-    figure = Figure(figsize=(9, 4), dpi=120, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(9, 4.5), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for panel, depth in zip(axes, depths, strict=True):
         for i, (name, (colour, shape)) in enumerate(LOOKS.items()):
@@ -353,7 +357,9 @@ def plot(runs: list[Row], path: Path) -> None:
                 rows = pick(runs, depth=depth, variant=name, lr=lr)
                 finished = known(rows, "top1")
                 means.append(statistics.fmean(finished) if finished else math.nan)
-                panel.plot([place] * len(finished), finished, shape, color=colour, markersize=4, alpha=0.6)
+                panel.plot(
+                    [place] * len(finished), finished, shape, color=colour, markersize=4, markerfacecolor="white"
+                )
                 lost = len(rows) - len(finished)
                 panel.plot([place] * bool(lost), [2] * bool(lost), "x", color=colour, markersize=8, markeredgewidth=2)
             panel.plot(places, means, "-", color=colour, marker=shape, markersize=7, label=NAMES[name])
@@ -361,11 +367,11 @@ def plot(runs: list[Row], path: Path) -> None:
         panel.set_title(f"depth {depth}")
         panel.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
         panel.set_xlabel("learning rate")
+        panel.set_xlim(-0.5, len(rates) - 0.5)
         panel.set_ylim(0, 100)
         panel.grid(axis="y", color="#DDDDDD")
         panel.set_axisbelow(True)
     axes[0].set_ylabel("top-1 %")
-    axes[-1].legend(
-        fontsize=8, loc="upper right", title="line: mean; small: one run\nx at 2: crashed; dotted: guessing"
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES), frameon=False)
+    figure.suptitle("Line: mean. Small mark: one run. Cross at 2: crashed. Dotted: guessing.", fontsize="medium")
     figure.savefig(path)
