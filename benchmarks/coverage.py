@@ -240,7 +240,7 @@ def summary(results: list[Result]) -> list[str]:
     total = sum(r.counts.total() for r in results)
     folded = sum(r.folded for r in results)
     good = [r for r in results if not r.error]
-    wrong = [r for r in results if "differ" in r.error]
+    wrong = [r for r in results if "differ by" in r.error]
     kinds = Counter[str]()
     for r in results:
         kinds.update(r.counts)

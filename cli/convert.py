@@ -161,7 +161,7 @@ def _readers_only(options: dict[str, Any]) -> bool:
 def _show(console: Console, report: Any, verbose: int) -> None:
     if report is None:
         return
-    from normswap.report import kept_layers, layers_table, sites_table, stages_table, stream_table
+    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table
 
     if report.calibration_passes is not None:
         seconds = report.seconds["calibrate"]
@@ -171,6 +171,9 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         console.say("finetune", report.finetuning.line())
     for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
         console.say("kept", line)
+    scarce = scarce_rows(report.layers)
+    if scarce:
+        console.say("scarce", scarce)
     for stage in report.stages:
         line = stage.accuracy_line()
         if line:

@@ -6,6 +6,7 @@ Brain Compression", section 3; Frantar et al. 2023, "GPTQ") with the original's 
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,10 +176,10 @@ class Reconstruction:
             rows_of = slice(start, start + len(layer.weight))
             start += len(layer.weight)
             _assign(path, layer, new_weight[rows_of], new_bias[rows_of])
-            self._note(path, role, rows, solution)
+            self._note(path, role, rows, inputs, solution)
 
-    def _note(self, path: str, role: str, rows: int, solution: Solution) -> None:
-        fit = LayerFit(path, role, rows, solution.r2_before, solution.r2, solution.penalty)
+    def _note(self, path: str, role: str, rows: int, inputs: int, solution: Solution) -> None:
+        fit = LayerFit(path, role, rows, solution.r2_before, solution.r2, solution.penalty, inputs=inputs)
         self.result.layers.append(fit)
 
     def _keep(self, path: str, role: str, rows: int, reason: str) -> None:
@@ -212,12 +213,7 @@ class Reconstruction:
         for batch in self.lockstep.visit():
             batch.pinned.clear()
         paths = {stop.path for stop in readers.stops}
-        self.result.layers = [
-            LayerFit(f.layer, f.role, f.samples, f.r2_before, f.r2, f.penalty, left, f.reason)
-            if f.layer in paths
-            else f
-            for f in self.result.layers
-        ]
+        self.result.layers = [replace(f, refined=left) if f.layer in paths else f for f in self.result.layers]
 
 
 def _held_out(number: int) -> bool:

@@ -80,6 +80,7 @@ class LayerFit:
         refined: what gradient steps left of the held-out error at the end of the branch; 1 where they were not
             needed or did not help.
         reason: why it keeps its weights; empty otherwise.
+        inputs: how many it has; a writer with fewer than 10 rows for each can make other images blow up.
     """
 
     layer: str
@@ -90,6 +91,7 @@ class LayerFit:
     penalty: float | None = None
     refined: float = 1.0
     reason: str = ""
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,8 @@ def stream_rows(stream: Sequence[StreamError], every: bool = False) -> list[list
     return rows
 
 
+# Rows per input of a writer to the residual stream; with fewer, single images can be far off (docs/calibration.md).
+SAFE_ROWS = 10
 STREAM_COLUMNS = ("residual stream after", "patches before", "patches", "prefix before", "prefix", "")
 STREAM_TITLE = "error of the residual stream, % of the original's size"
 _MARKED = 3  # at most; one row in four of a short table
@@ -364,6 +368,19 @@ def kept_layers(layers: Sequence[LayerFit], most: int = 3) -> list[str]:
     lines = [f"{len(kept)} of {len(layers)} layers kept their weights"]
     lines += [f"{f.layer}: {f.reason}" for f in kept[:most]]
     return [*lines, f"and {len(kept) - most} more"] if len(kept) > most else lines
+
+
+def scarce_rows(layers: Sequence[LayerFit]) -> str | None:
+    """Return a line that says that more images are wanted and how many times as many; None if there are enough."""
+    short = [f for f in layers if f.role == "writer" and not f.reason and f.samples < SAFE_ROWS * f.inputs]
+    if not short:
+        return None
+    worst = max(short, key=lambda f: f.inputs / max(f.samples, 1))
+    times = SAFE_ROWS * worst.inputs / max(worst.samples, 1)
+    return (
+        f"{len(short)} of {len(layers)} layers were solved from fewer than {SAFE_ROWS} rows per input ({worst.layer}: "
+        f"{worst.samples} rows, {worst.inputs} inputs): look at worst KL, or give {times:.1f} times the images"
+    )
 
 
 def render(renderable: Table, width: int = 120) -> str:

@@ -13,6 +13,7 @@ from normswap.report import (
     kept_layers,
     layers_table,
     render,
+    scarce_rows,
     sites_table,
     stream_rows,
     stream_table,
@@ -143,3 +144,16 @@ def test_the_card_without_reconstruction():
     card = model_card(normswap.convert(model, [images(model, 8)], "channel").report, None)
     assert "residual stream" not in card
     assert "kept their weights" not in card
+
+
+def test_scarce_rows_say_how_many_images_are_wanted():
+    enough = LayerFit("a", "writer", 2000, 0.5, 0.9, 0.1, inputs=100)
+    head = LayerFit("head", "reader", 20, 0.5, 0.9, 0.1, inputs=100)  # one row an image; does not feed the stream
+    short = LayerFit("b", "writer", 2000, 0.5, 0.9, 0.1, inputs=400)
+    kept = LayerFit("c", "writer", 20, reason="too few", inputs=400)
+    assert scarce_rows([enough, head, kept]) is None
+    assert scarce_rows([]) is None
+    assert scarce_rows([enough, short, kept]) == (
+        "1 of 3 layers were solved from fewer than 10 rows per input (b: 2000 rows, 400 inputs): look at worst KL, "
+        "or give 2.0 times the images"
+    )
