@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its target, synced to disk, then renamed.
+"""A file or folder that appears whole or not at all: written beside its target, synced to disk, then renamed.
 
 On Linux an existing target is exchanged in one system call, so that a kill at any moment leaves either the old
 folder or the new one. Elsewhere two renames are needed; a kill between them leaves the old folder under a name that
@@ -56,8 +56,8 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
             still stands then.
     """
     check_target(target, overwrite, protect)
-    _sweep(target)
-    staging = target.parent / f"{_prefix(target)}{os.getpid()}"
+    sweep(target)
+    staging = beside(target)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -124,13 +124,22 @@ def _recover(target: Path) -> None:
         aside.rename(target)
 
 
-def _sweep(target: Path) -> None:
+def beside(target: Path) -> Path:
+    """Return where this process writes what is to become ``target``."""
+    return target.parent / f"{_prefix(target)}{os.getpid()}"
+
+
+def sweep(target: Path) -> None:
     """Remove what killed runs on this machine left beside the target."""
     prefix = _prefix(target)
     for path in target.parent.glob(f"{_escape(prefix)}*"):
         pid = path.name.removeprefix(prefix)
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if not pid.isdigit() or int(pid) == os.getpid() or _alive(int(pid)):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _escape(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .atomic import beside, sweep
 from .errors import CheckpointError, OutputError
 
 _FORMAT = 1
@@ -22,7 +23,7 @@ class TrainingState:
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self._beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
+        self._beside = beside(path)
 
     def save(self, state: dict[str, Any]) -> None:
         """Write beside, sync, rename.
@@ -32,6 +33,7 @@ class TrainingState:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.path)  # of a process killed while it wrote
             with open(self._beside, "wb") as file:
                 torch.save({"format": _FORMAT, "fingerprint": self.fingerprint, "state": state}, file)
                 file.flush()
@@ -64,5 +66,6 @@ class TrainingState:
         return state
 
     def remove(self) -> None:
-        """Delete the file; the run is over."""
+        """Delete the file and what a killed process left of one; the run is over."""
         self.path.unlink(missing_ok=True)
+        sweep(self.path)
