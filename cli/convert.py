@@ -52,6 +52,13 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
 @click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
 @o.finetune_options()
+@click.option("--control", is_flag=True, help="also fine-tune the unconverted model alike")
+@click.option(
+    "--save-swapped",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="also write the model before the fold, for normswap finetune and normswap fuse",
+)
 @click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
 @o.output_options()
 def convert(**options: Any) -> None:
@@ -80,6 +87,10 @@ def run(console: Console, options: dict[str, Any]) -> None:
 
     if out is not None and not options["dry_run"]:
         check_target(out, options["overwrite"], sources)
+        if options["save_swapped"] is not None:
+            if options["save_swapped"].resolve() == out.resolve():
+                raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not that of --output")
+            check_target(options["save_swapped"], options["overwrite"], [*sources, out])
     device = o.pick_device(options["device"])
     model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
     if out is not None:
@@ -97,7 +108,10 @@ def run(console: Console, options: dict[str, Any]) -> None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
     plan = make_plan(model, options["keep"], input_size=images.input_size)
     console.say("plan", plan.summary(options["ffn_bn"]))
-    calibration = images.draw(options["calib_samples"], options["seed"])
+    calibration, train, held_out = images.draw(options["calib_samples"], options["seed"]), None, None
+    if training is not None:
+        counts = (options["calib_samples"], options["finetune_samples"])
+        calibration, train, held_out = o.training_sets(images, *counts, options["seed"])
     one_split = images is evaluation
     if options["eval_samples"]:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
@@ -106,9 +120,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
     console.say("evaluate", f"on {evaluation.description}")
     if one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
-    train = images.draw(options["finetune_samples"], options["seed"]) if options["finetune_samples"] else calibration
-    if training is not None:
-        console.say("finetune", f"{training.epochs} epochs, on {train.description}")
+    if training is not None and train is not None and held_out is not None:
+        console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
     if options["dry_run"]:
         console.result({**plan.to_json(options["ffn_bn"]), "dry_run": True}, str(plan))
         return
@@ -130,6 +143,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 amp_dtype=o.amp_dtype(options),
                 finetune_options=training,
                 finetune_images=train,
+                finetune_held_out=held_out,
                 finetune_state=options["finetune_state"],
                 resume=options["resume"],
                 control=options["control"],
@@ -141,6 +155,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
             overrides = o.preprocessing(options)
             command = ["normswap", *sys.argv[1:]]
             result.save(out, options["overwrite"], sources, command, overrides or None)
+            if options["save_swapped"] is not None:
+                result.save_swapped(options["save_swapped"], options["overwrite"], sources, command, overrides or None)
     except CheckFailedError as error:
         _show(console, error.report, options["verbose"])
         raise

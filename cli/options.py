@@ -120,12 +120,23 @@ def data_options() -> Callable[[F], F]:
     )
 
 
-def finetune_options() -> Callable[[F], F]:
+def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = "those of calibration") -> Any:
+    """Return the options of fine-tuning; ``prefix`` goes before the names that mean something else in convert."""
     return _all(
         click.option(
-            "--finetune-epochs", type=click.IntRange(0), default=0, show_default=True, help="distil from the original"
+            f"--{prefix}epochs",
+            "finetune_epochs",
+            type=click.IntRange(0 if prefix else 1),
+            default=epochs,
+            show_default=True,
+            help="distil from the original",
         ),
-        click.option("--finetune-samples", type=click.IntRange(2), help="images to train on [those of calibration]"),
+        click.option(
+            f"--{prefix}samples",
+            "finetune_samples",
+            type=click.IntRange(2),
+            help=f"images to train on [{samples}]",
+        ),
         click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
         click.option(
             "--lr", type=click.FloatRange(0, min_open=True), default=3e-6, show_default=True, help="peak learning rate"
@@ -171,7 +182,6 @@ def finetune_options() -> Callable[[F], F]:
             show_default=True,
             help="which LayerNorms fade when",
         ),
-        click.option("--control", is_flag=True, help="also fine-tune the unconverted model alike"),
         click.option(
             "--model-ema-decay",
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -179,11 +189,12 @@ def finetune_options() -> Callable[[F], F]:
         ),
         click.option("--train-amp", is_flag=True, help="fine-tune in bfloat16 mixed precision"),
         click.option(
-            "--finetune-state",
+            f"--{prefix}state",
+            "finetune_state",
             type=click.Path(path_type=Path, dir_okay=False),
             help="keep the run's state here",
         ),
-        click.option("--resume", is_flag=True, help="go on from --finetune-state"),
+        click.option("--resume", is_flag=True, help=f"go on from --{prefix}state"),
     )
 
 
@@ -199,11 +210,11 @@ def finetuning(options: dict[str, Any]) -> Any:
     from normswap.recipe import FinetuneOptions
 
     if not options["finetune_epochs"]:
-        if options["resume"] or options["finetune_state"] or options["control"]:
+        if options["resume"] or options["finetune_state"] or options.get("control"):
             raise ArgumentError("--resume, --finetune-state and --control go with --finetune-epochs")
         return None
     if options["resume"] and options["finetune_state"] is None:
-        raise ArgumentError("--resume needs --finetune-state, the file to go on from")
+        raise ArgumentError("--resume needs a state, the file to go on from: --finetune-state (finetune: --state)")
     chosen = FinetuneOptions(
         epochs=options["finetune_epochs"],
         lr=options["lr"],
@@ -225,6 +236,29 @@ def finetuning(options: dict[str, Any]) -> Any:
     )
     chosen.check()
     return chosen
+
+
+def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> tuple[Any, Any, Any]:
+    """Return images to calibrate on, to train on, and to hold out from both; of all there are, if they are few.
+
+    Args:
+        images: the `ImageSet` to draw from.
+        calibrate: how many to calibrate on.
+        train: how many for fine-tuning, with those held out; None for as many as for calibration.
+        seed: draws them.
+
+    Raises:
+        ArgumentError: there is only one image.
+    """
+    from normswap.errors import ArgumentError
+    from normswap.training import held_out_of
+
+    if len(images) < 2:
+        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(images)}")
+    train = min(train or calibrate, len(images))
+    held = held_out_of(train)
+    calibrate, train = (min(count, len(images) - held) for count in (calibrate, train - held))
+    return images.draw(calibrate, seed), images.draw(train, seed), images.draw(held, seed, max(calibrate, train))
 
 
 def output_options() -> Callable[[F], F]:

@@ -6,6 +6,7 @@ Accuracy and agreement are in percent, times in seconds, divergences in nats.
 
 from .calibrate import calibrate
 from .checkpoint import load_model
+from .continuation import finetune_swapped, fuse
 from .data import load_images
 from .errors import (
     ArgumentError,
@@ -29,6 +30,7 @@ from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
 from .swap import swap_norms
+from .swapped import Swapped, load_swapped, save_swapped
 
 __version__ = "0.1.0"
 
@@ -48,14 +50,19 @@ __all__ = [
     "NormswapError",
     "OutputError",
     "Plan",
+    "Swapped",
     "calibrate",
     "convert",
     "evaluate_models",
     "finetune",
+    "finetune_swapped",
     "fold_norms",
+    "fuse",
     "load",
     "load_images",
     "load_model",
+    "load_swapped",
     "make_plan",
+    "save_swapped",
     "swap_norms",
 ]

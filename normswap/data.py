@@ -79,10 +79,16 @@ class ImageSet:
             name, why = next(iter(self.skipped.items()), ("", ""))
             raise DataError(f"no image of {self.description} can be read{f', as {name} ({why})' if name else ''}")
 
-    def draw(self, count: int, seed: int) -> "ImageSet":
-        """Return a random subset of ``count`` images (all if there are fewer), the same for the same seed."""
+    def draw(self, count: int, seed: int, skip: int = 0) -> "ImageSet":
+        """Return a random subset of ``count`` images (all if there are fewer), the same for the same seed.
+
+        Args:
+            count: how many.
+            seed: draws them; a smaller subset of the same seed lies in a larger one.
+            skip: leave out those that ``draw(skip, seed)`` returns.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        chosen = sorted(order[: min(count, len(self))].tolist())
+        chosen = sorted(order[skip : skip + count].tolist())
         description = f"{len(chosen)} of {self.description}, seed {seed}"
         return replace(self, dataset=Subset(self.dataset, chosen), description=description, skipped={})
 

@@ -19,7 +19,7 @@ from .graph import eval_mode
 from .recipe import FinetuneOptions
 from .report import Finetuning
 from .state import TrainingState
-from .training import Run
+from .training import Run, held_out_of
 
 
 def finetune(
@@ -28,6 +28,7 @@ def finetune(
     original: nn.Module,
     options: FinetuneOptions | None = None,
     *,
+    held_out: Iterable[Any] | None = None,
     state: str | Path | None = None,
     resume: bool = False,
     save_every: float = 300.0,
@@ -35,8 +36,8 @@ def finetune(
 ) -> Finetuning:
     """Train ``swapped``, in place, to answer as ``original`` does, which stays as it is.
 
-    Dropout and drop path are off. One image in ten is held out; if the model is not closer to the original on those
-    than before, it gets its old weights back, so it is never worse for it. Under torchrun or accelerate every process
+    Dropout and drop path are off. If the model is not closer to the original than before on images that were held
+    out, it gets its old weights back, so it is never worse for it. Under torchrun or accelerate every process
     passes the same images and trains on its share of them.
 
     Args:
@@ -44,6 +45,8 @@ def finetune(
         images: batches `[B, C, H, W]`, or pairs of them and labels `[B]`; held in memory.
         original: the teacher.
         options: see `FinetuneOptions`.
+        held_out: images to measure on, in the form of ``images``. Give some that calibration has not seen either: on
+            its own images a calibrated model is better than it is. Default: one in ten of ``images``.
         state: file that keeps the state of the run, written atomically.
         resume: go on from ``state``; on a CPU to the same bits as an undisturbed run.
         save_every: seconds between two writings.
@@ -60,13 +63,47 @@ def finetune(
     options.check()
     if resume and state is None:
         raise ArgumentError("resume needs the file with the state of the run")
-    pixels, labels = _gather(images, next(swapped.parameters()))
-    run = Run(swapped, original, options, pixels, labels)
+    weight = next(swapped.parameters())
+    pixels, labels = _gather(images, weight)
+    if len(pixels) < 2 and held_out is None:
+        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(pixels)}")
+    held = None if held_out is None else _gather(held_out, weight)[0]
+    if held is not None and held.shape[1:] != pixels.shape[1:]:
+        raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
+    run = Run(swapped, original, options, pixels, labels, held)
     kept = TrainingState(Path(state), run.fingerprint()) if state is not None else None
     if kept is not None and resume:
         run.load(kept.load())
     with eval_mode(original, swapped), torch.enable_grad():
         return run.go(kept, save_every, progress)
+
+
+def hold_out(images: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
+    """Part images, in the form that `finetune` takes, into those to calibrate and train on and those held out.
+
+    Raises:
+        ArgumentError: there are fewer than two, or they are no images.
+    """
+    items = list(images)
+    counts = [len(_gather([item], torch.empty(0))[0]) for item in items]
+    total = sum(counts)
+    if total < 2:
+        raise ArgumentError(f"fine-tuning wants at least two images, there are {total}")
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: held_out_of(total)]] = True
+    masks = chosen.split(counts)
+    parts = [[_where(item, mask ^ other) for item, mask in zip(items, masks, strict=True)] for other in (True, False)]
+    rest, held = ([item for item, count in part if count] for part in parts)
+    return rest, held
+
+
+def _where(item: Any, mask: torch.Tensor) -> tuple[Any, int]:
+    """Return the part of a batch, labels and all, where the mask `[B]` is set, and how many images that are."""
+    if isinstance(item, tuple | list):
+        kept = tuple(part[mask.to(part.device)] if isinstance(part, torch.Tensor) else part for part in item)
+    else:
+        kept = item[mask.to(item.device)]
+    return kept, int(mask.sum())
 
 
 def _gather(images: Iterable[Any], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,6 +121,6 @@ def _gather(images: Iterable[Any], like: torch.Tensor) -> tuple[torch.Tensor, to
         pixels.append(batch.to(like))
         if rest and isinstance(rest[0], torch.Tensor):
             labels.append(rest[0].to(like.device))
-    if sum(map(len, pixels)) < 2:
-        raise ArgumentError(f"fine-tuning wants at least two images, there are {sum(map(len, pixels))}")
+    if not pixels:
+        raise ArgumentError("fine-tuning wants at least two images, there are 0 (to train on, or held out)")
     return torch.cat(pixels), torch.cat(labels) if len(labels) == len(pixels) else None

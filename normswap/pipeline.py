@@ -17,14 +17,15 @@ from .checkpoint import load_model
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
 from .evaluate import evaluate_models
-from .finetune import finetune
+from .finetune import finetune, hold_out
 from .fold import created_biases, fold_norms, max_difference
-from .graph import eval_mode
+from .graph import eval_mode, meta_copy
 from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swap import swap_norms
+from .swapped import save_swapped
 
 DEFAULT_METHOD = "reconstruct"
 DEFAULT_ATOL = 1e-3
@@ -38,6 +39,7 @@ class Conversion:
         model: the fused model, same class as before, without LayerNorm.
         report: every number on the way.
         plan: what was decided for each LayerNorm.
+        swapped: the same before the fold, with BatchNorm in, to go on training; see `normswap.save_swapped`.
     """
 
     model: nn.Module
@@ -45,6 +47,8 @@ class Conversion:
     plan: Plan
     _edits: dict[str, Any] = field(repr=False)
     _probe: torch.Tensor = field(repr=False)
+    swapped: nn.Module = field(repr=False)
+    _original: nn.Module = field(repr=False)  # on the meta device
 
     def save(
         self,
@@ -56,6 +60,18 @@ class Conversion:
     ) -> None:
         """Write the output folder, all or nothing; see `normswap.save.save_folder` for the arguments and errors."""
         save_folder(out, self.model, self.report, self._edits, self._probe, overwrite, protect, command, data_config)
+
+    def save_swapped(
+        self,
+        out: str | Path,
+        overwrite: bool = False,
+        protect: Iterable[Path] = (),
+        command: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+    ) -> None:
+        """Write ``swapped`` as a folder, all or nothing; see `normswap.save_swapped` for the arguments and errors."""
+        swapped, original = self.swapped, self._original
+        save_swapped(out, swapped, original, self.plan, self.report, overwrite, protect, command, data_config)
 
 
 def convert(
@@ -74,6 +90,7 @@ def convert(
     amp_dtype: torch.dtype | None = None,
     finetune_options: FinetuneOptions | None = None,
     finetune_images: Iterable[Any] | None = None,
+    finetune_held_out: Iterable[Any] | None = None,
     finetune_state: str | Path | None = None,
     resume: bool = False,
     control: bool = False,
@@ -97,7 +114,9 @@ def convert(
         max_drop: largest tolerated loss of top-1, in points.
         amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
         finetune_options: fine-tune after calibration, see `normswap.finetune`; default: do not.
-        finetune_images: what to fine-tune on, in the form of ``images``; default: ``images``.
+        finetune_images: what to fine-tune on, in the form of ``images``; default: ``images``, one in ten of which
+            is then held out of calibration and training and decides whether training was a gain.
+        finetune_held_out: images that decide instead, see `normswap.finetune`.
         finetune_state, resume: the file that keeps the state of the fine-tuning, and whether to go on from it.
         control: also fine-tune a copy of the unconverted model alike, as stage "control": what training alone gains.
         name: what to call the model in the report.
@@ -118,6 +137,9 @@ def convert(
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
     weight = next(model.parameters())
     items = list(images)
+    held_out = None if finetune_held_out is None else list(finetune_held_out)
+    if finetune_options is not None and finetune_images is None and held_out is None:
+        items, held_out = hold_out(items, finetune_options.seed)
     batches = [batch.to(weight) for batch in rebatched(items, BATCH_SIZE)]
     if not batches:
         raise ArgumentError("no images to calibrate on")
@@ -149,10 +171,19 @@ def convert(
         if control:
             controls = {"control": copy.deepcopy(original)}
             with clock("control"):
-                finetune(controls["control"], source, original, finetune_options, progress=progress)
+                finetune(
+                    controls["control"], source, original, finetune_options, held_out=held_out, progress=progress
+                )
         with clock("finetune"):
             finetuning = finetune(
-                trained, source, original, finetune_options, state=finetune_state, resume=resume, progress=progress
+                trained,
+                source,
+                original,
+                finetune_options,
+                held_out=held_out,
+                state=finetune_state,
+                resume=resume,
+                progress=progress,
             )
     with clock("fold"):
         fused = fold_norms(trained, input_size=plan.input_size)
@@ -188,14 +219,14 @@ def convert(
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
     if not difference <= atol:
-        raise _failed(report, f"{_fold_problem(trained, batches, plan, difference, atol)}: not saved")
+        raise _failed(report, f"{fold_problem(trained, batches, plan, difference, atol)}: not saved")
     drop = report.top1_drop
     if max_drop is not None and drop is None:
         raise _failed(report, "--max-drop needs labels, and there are none: not saved")
     if max_drop is not None and drop is not None and drop > max_drop:
         raise _failed(report, f"top-1 fell by {drop:.2f} points, more than --max-drop {max_drop:g}: not saved")
     fused.train(model.training)
-    return Conversion(fused, report, plan, describe_edits(original, fused), batches[0])
+    return Conversion(fused, report, plan, describe_edits(original, fused), batches[0], trained, meta_copy(original))
 
 
 def open_model(model: str, **kwargs: Any) -> nn.Module:
@@ -225,7 +256,7 @@ def _describe(images: Iterable[Any], count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
 
 
-def _fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float) -> str:
+def fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float) -> str:
     """Say whether the fold or the model's own conditioning is at fault, by folding once more in float64."""
     text = f"fused and unfused differ by {difference:.3g} in a logit, more than --atol {atol:g}"
     double = copy.deepcopy(unfused).double()

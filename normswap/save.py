@@ -60,8 +60,8 @@ def save_folder(
     extra, report.stock_timm = stock_arguments(model)
     report.out = str(out)
     with new_folder(out, overwrite, protect) as folder:
-        _write_config(folder / CONFIG, model, extra, data_config)
-        _write_weights(folder / WEIGHTS, model)
+        write_config(folder / CONFIG, model, extra, data_config)
+        write_weights(folder / WEIGHTS, model)
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files that only their owner reads
         loaded = None
         if report.stock_timm is None:
@@ -76,7 +76,7 @@ def check_saveable(model: nn.Module) -> None:
     """Raise `ArgumentError` if config.json could not say how to rebuild the model."""
     if not pretrained_cfg(model):
         raise ArgumentError(f"{type(model).__name__} does not come from timm, so config.json could not rebuild it")
-    for name, value in _arguments(model).items():
+    for name, value in model_arguments(model).items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
@@ -117,7 +117,7 @@ def build(path: Path) -> nn.Module:
         version = record["format"]
         if version == FORMAT:
             model = timm.create_model(f"local-dir:{path}", pretrained=False)
-            _apply_edits(model, record["edits"])
+            apply_edits(model, record["edits"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: cannot be rebuilt from its {CONFIG} and {RECORD} ({problem})") from error
@@ -150,7 +150,8 @@ def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     return edits
 
 
-def _apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
+def apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
+    """Do to timm's architecture, in place, what `describe_edits` found."""
     for path in edits["identity"]:
         model.set_submodule(path, nn.Identity())
     for path, arguments in edits["affine"].items():
@@ -179,7 +180,7 @@ def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
     for extra in ({}, {"qkv_bias": True}):
         try:
             with torch.device("meta"):
-                arguments = {**_arguments(model), **extra, "norm_layer": nn.Identity}
+                arguments = {**model_arguments(model), **extra, "norm_layer": nn.Identity}
                 built = timm.create_model(pretrained_cfg(model)["architecture"], pretrained=False, **arguments)
         except Exception as error:  # an architecture that reads its norms' weights when it is made, say
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -191,12 +192,14 @@ def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
     return {}, reason
 
 
-def _arguments(model: nn.Module) -> dict[str, Any]:
+def model_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments with which timm built a model, but for its norms."""
     # norm_layer may be a class, which JSON cannot hold; after the fold it does not matter.
     return {k: v for k, v in get_model_args(model).items() if k != "norm_layer"}
 
 
-def _write_weights(path: Path, model: nn.Module) -> None:
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's tensors, contiguous, under timm's names."""
     state, seen = {}, set()
     for name, tensor in model.state_dict().items():
         tensor = tensor.detach().cpu().contiguous()
@@ -209,9 +212,10 @@ def _write_weights(path: Path, model: nn.Module) -> None:
         raise OSError(f"weights: {error}") from error  # new_folder says where, and what still stands
 
 
-def _write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
+def write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_config: dict[str, Any] | None) -> None:
+    """Write config.json as timm does, with ``extra`` arguments for the architecture."""
     shadow: Any = copy.copy(model)  # same tensors, its own attributes
-    shadow._model_args = {**_arguments(model), **extra}
+    shadow._model_args = {**model_arguments(model), **extra}
     config = pretrained_cfg(model)
     labels = {k: config[k] for k in ("label_names", "label_descriptions") if config.get(k)}
     try:

@@ -30,6 +30,11 @@ from .swap import batch_norms
 HELD_OUT, MOST_HELD_OUT = 10, 512
 
 
+def held_out_of(count: int) -> int:
+    """Return how many of ``count`` images are held out if no others are given for that."""
+    return min(max(count // HELD_OUT, 1), MOST_HELD_OUT)
+
+
 class Run:
     """One run: what is trained, on what, and how far it is."""
 
@@ -40,6 +45,7 @@ class Run:
         options: FinetuneOptions,
         pixels: torch.Tensor,
         labels: torch.Tensor | None,
+        held_out: torch.Tensor | None = None,
     ) -> None:
         self.student, self.teacher, self.options = swapped, original, options
         self.pixels, self.labels = pixels, labels
@@ -51,9 +57,9 @@ class Run:
             raise ArgumentError(f"{type(swapped).__name__} has no norm where the original has a LayerNorm")
         swapped_sites = [path for path in self.sites if path in self.norms]
         self.fade = Fade(swapped, original, swapped_sites, options.fade, options.fade_order)
-        held = min(max(len(pixels) // HELD_OUT, 1), MOST_HELD_OUT)
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(options.seed))
-        self.held, self.train = order[:held], order[held:]
+        held = held_out_of(len(pixels)) if held_out is None else 0
+        self.held, self.train = pixels[order[:held]] if held_out is None else held_out, order[held:]
         rank, size = world()
         per_step = options.batch_size * options.accumulate * size
         self.steps_per_epoch = len(self.train) // per_step
@@ -215,9 +221,9 @@ class Run:
     def measure(self, model: nn.Module) -> tuple[float, float | None]:
         """Return the mean distance from the original on the images held out, and the agreement in percent."""
         total, same, classes = 0.0, 0, True
-        for index in self.held.split(self.options.batch_size):
+        for x in self.held.split(self.options.batch_size):
             with eval_mode(model, self.teacher):
-                output, answer = model(self.pixels[index]), self.teacher(self.pixels[index])
+                output, answer = model(x), self.teacher(x)
             total += float(distance(output.float(), answer.float()).double().sum())
             classes = is_classifier(output)
             same += int((output.argmax(-1) == answer.argmax(-1)).sum()) if classes else 0

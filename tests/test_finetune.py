@@ -315,7 +315,7 @@ def test_convert_fine_tunes(tmp_path):
     ("flags", "text"),
     [
         (["--resume"], "--resume, --finetune-state and --control go with --finetune-epochs"),
-        (["--finetune-epochs", 1, "--resume"], "--resume needs --finetune-state"),
+        (["--finetune-epochs", 1, "--resume"], "--resume needs a state, the file to go on from: --finetune-state"),
     ],
 )
 def test_flags_that_need_others(tmp_path, flags, text):

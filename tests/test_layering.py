@@ -41,7 +41,9 @@ ROAD = (
     "evaluate",
     "card",
     "save",
+    "swapped",
     "pipeline",
+    "continuation",
     "demo",
 )
 

@@ -1,0 +1,147 @@
+"""Measure fine-tuning: where it starts, how it trains, what it wins, and whether it ever makes a model worse.
+
+    python benchmarks/finetuning.py -m local-dir:../shared/models/vits14_cifar10 --data-dir ../shared/data/cifar10 \
+        --samples 6000 --epochs 3 --start reconstruct --start channel --start moments
+
+Every combination of the repeatable options is one row, written to the output file as soon as it is known; a run that
+is stopped goes on where it was. No labels are used in training. One image in ten, at most 512, is held out of
+calibration and training and decides whether training was a gain; accuracy is measured on the validation split.
+"""
+
+import json
+import platform
+import time
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import click
+import torch
+
+import normswap
+from normswap.data import ImageSet, load_splits
+from normswap.report import versions
+from normswap.training import held_out_of
+
+
+def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: dict, calibrate: int | None) -> dict:
+    """Return ``row`` with what came out."""
+    held = held_out_of(row["samples"])
+    train = list(images.draw(row["samples"] - held, row["seed"]))
+    held_out = list(images.draw(held, row["seed"], row["samples"] - held))
+    swapped = normswap.swap_norms(original, ffn_bn=row["ffn_bn"])
+    start = time.perf_counter()
+    batches = [batch for batch, _ in train]
+    if calibrate is not None:
+        batches = [torch.cat(batches)[:calibrate]]
+    normswap.calibrate(swapped, batches, original=original, method=row["start"])
+    calibrated = time.perf_counter() - start
+    swapped.eval()
+    _, before = normswap.evaluate_models({"original": original, "before": swapped}, evaluation)
+    options = normswap.FinetuneOptions(
+        epochs=row["epochs"],
+        lr=row["lr"],
+        opt=row["opt"],
+        bn_mode=row["bn_mode"],
+        amp_dtype=torch.bfloat16 if row["amp"] else None,
+        seed=row["seed"],
+    )
+    try:
+        found = normswap.finetune(swapped, train, original, options, held_out=held_out)
+    except normswap.CalibrationError as error:
+        return row | {"stopped": str(error), "top1_before": before.top1, "agreement_before": before.agreement}
+    fused = normswap.fold_norms(swapped.eval())
+    first, after = normswap.evaluate_models({"original": original, "after": fused}, evaluation)
+    return row | {
+        "original": first.top1,
+        "top1_before": before.top1,
+        "top1": after.top1,
+        "agreement_before": before.agreement,
+        "agreement": after.agreement,
+        "kl_before": before.kl,
+        "kl": after.kl,
+        "worst_kl": after.worst_kl,
+        "non_finite": after.non_finite,
+        "evaluated": after.n,
+        "held_out_kl": [found.kl_before, found.kl_after],
+        "taken": found.taken,
+        "steps": found.steps,
+        "dropped": found.dropped,
+        "seconds": {"calibrate": round(calibrated, 1), "finetune": found.seconds},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| start | FFN BN | BN mode | lr | images | steps | seed | original % | top-1 % before, after | "
+        "same answer % before, after | KL before, after | taken |",
+        "|" + "---|" * 12,
+    ]
+    for row in rows:
+        setting = f"| {row['start']} | {row['ffn_bn']} | {row['bn_mode']} | {row['lr']:g} | {row['samples']} "
+        if "stopped" in row:
+            lines.append(f"{setting}| - | {row['seed']} | - | {row['top1_before']:.2f}, - | - | - | stopped |")
+            continue
+        lines.append(
+            f"{setting}| {row['steps']} | {row['seed']} | {row['original']:.2f} | "
+            f"{row['top1_before']:.2f}, {row['top1']:.2f} | {row['agreement_before']:.2f}, {row['agreement']:.2f} | "
+            f"{row['kl_before']:.3f}, {row['kl']:.3f} | {'yes' if row['taken'] else 'no'} |"
+        )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("-m", "--model", required=True)
+@click.option("--data-dir", required=True, type=click.Path(exists=True))
+@click.option("--start", "starts", multiple=True, default=("reconstruct",), show_default=True)
+@click.option("--ffn-bn", "positions", multiple=True, default=("pre-act",), show_default=True)
+@click.option("--bn-mode", "modes", multiple=True, default=("frozen",), show_default=True)
+@click.option("--lr", "rates", multiple=True, type=float, default=(normswap.FinetuneOptions.lr,), show_default=True)
+@click.option("--seed", "seeds", multiple=True, type=int, default=(42,), show_default=True)
+@click.option("--opt", default=normswap.FinetuneOptions.opt, show_default=True)
+@click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
+@click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
+@click.option("--epochs", default=3, show_default=True)
+@click.option("--eval-samples", type=int, help="Evaluate on a random part [all of validation].")
+@click.option("--amp", is_flag=True, help="Train in bfloat16.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--out", default="docs/finetuning.json", show_default=True, type=click.Path(path_type=Path))
+def main(
+    model: str,
+    data_dir: str,
+    starts: tuple[str, ...],
+    positions: tuple[str, ...],
+    modes: tuple[str, ...],
+    rates: tuple[float, ...],
+    seeds: tuple[int, ...],
+    opt: str,
+    samples: int,
+    calibrate: int | None,
+    epochs: int,
+    eval_samples: int | None,
+    amp: bool,
+    threads: int,
+    out: Path,
+) -> None:
+    """Measure what is missing in the output file and print the table."""
+    torch.set_num_threads(threads)
+    original = normswap.load_model(model).eval()
+    images, validation = load_splits(original, data_dir, "train", "validation")
+    evaluation = list(validation.draw(eval_samples, 42) if eval_samples else validation)
+    record = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    machine = f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
+    for start, ffn_bn, mode, lr, seed in product(starts, positions, modes, rates, seeds):
+        row = {"model": model, "start": start, "ffn_bn": ffn_bn, "bn_mode": mode, "lr": lr, "seed": seed}
+        row |= {"opt": opt, "samples": min(samples, len(images)), "epochs": epochs, "amp": amp}
+        if any(row.items() <= known.items() for known in record["rows"]):
+            continue
+        found = measure(original, images, evaluation, row, calibrate)
+        record["rows"].append(found | {"machine": machine, "date": str(date.today()), "versions": versions()})
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        click.echo(json.dumps(found), err=True)
+    click.echo(table(record["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""``normswap finetune`` and ``normswap fuse``: go on from a swapped checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options as o
+from .console import Console, NormswapCommand
+from .processes import is_first, joined
+
+
+def _common(function: Any) -> Any:
+    for option in (
+        click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty"),
+        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="folder to write"),
+        click.option(
+            "--against-checkpoint",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="weights file for --against",
+        ),
+        click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
+        click.option("--against", metavar="MODEL", help="the original  [what the swapped checkpoint was made from]"),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
+        click.option(
+            "-m",
+            "--model",
+            required=True,
+            metavar="FOLDER",
+            help="a swapped checkpoint, from convert --save-swapped or finetune",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(cls=NormswapCommand)
+@_common
+@o.data_options()
+@click.option("--train-split", default="train", show_default=True, help="split to train on, if there is one")
+@o.finetune_options("", 1, "all of the split")
+@o.output_options()
+def finetune(**options: Any) -> None:
+    """Distil the original into a swapped checkpoint, BatchNorm still in; `normswap fuse` is the next step.
+
+    \b
+    normswap convert  -m local-dir:my-model --data-dir images -o out --save-swapped swapped
+    normswap finetune -m swapped --data-dir images --epochs 3 -o tuned
+    normswap fuse     -m tuned --data-dir images -o out-tuned
+    """
+    console = Console(options["as_json"], options["quiet"])
+    out: Path = options["output"]
+    swapped, original, device = _open(console, options, needs_original=True)
+    from normswap import finetune_swapped, save_swapped
+    from normswap.data import load_splits
+    from normswap.report import stages_table
+
+    training = o.finetuning(options)
+    images, evaluation = load_splits(
+        original,
+        options["data_dir"],
+        options["train_split"],
+        options["split"],
+        train_labels=training.labels > 0,
+        **_data(options, swapped),
+    )
+    # The same draw as convert's: its held out images come behind those it calibrated on.
+    seen = swapped.report.calib_samples
+    _, train, held_out = o.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
+    if options["eval_samples"]:
+        evaluation = evaluation.draw(options["eval_samples"], options["seed"])
+    console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
+    console.say("evaluate", f"on {evaluation.description}")
+    with joined(device), console.progress() as progress:
+        finetune_swapped(
+            swapped,
+            original,
+            train,
+            training,
+            held_out=held_out,
+            eval_images=evaluation,
+            state=options["finetune_state"],
+            resume=options["resume"],
+            amp_dtype=o.amp_dtype(options),
+            progress=progress,
+        )
+        if not is_first():
+            return
+        command = ["normswap", *sys.argv[1:]]
+        sources = _sources(options)
+        save_swapped(
+            out, swapped.model, swapped.original, swapped.plan, swapped.report, options["overwrite"], sources, command
+        )
+    report = swapped.report
+    report.out = str(out)
+    assert report.finetuning is not None  # set by finetune_swapped
+    console.say("finetune", report.finetuning.line())
+    console.result(report.to_json(), stages_table(report.stages))
+    console.say("wrote", f"{out}/swapped.safetensors, config.json, swapped.json")
+    console.say("next", f"normswap fuse -m {out} {_images(options)} -o FOLDER")
+
+
+@click.command(cls=NormswapCommand)
+@_common
+@o.data_options()
+@click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
+@o.output_options()
+def fuse(**options: Any) -> None:
+    """Fold a swapped checkpoint into a finished one that plain timm loads.
+
+    Without images the fold is checked on random ones, and no accuracy is measured.
+    """
+    console = Console(options["as_json"], options["quiet"])
+    out: Path = options["output"]
+    with_images = options["data_dir"] is not None or bool(options["dataset"])
+    swapped, original, device = _open(console, options, needs_original=with_images)
+    from normswap import fuse as fold
+    from normswap import load_images
+    from normswap.errors import CheckFailedError
+    from normswap.report import stages_table
+
+    images = None
+    if with_images:
+        images = load_images(swapped.model, options["data_dir"], options["split"], **_data(options, swapped))
+        if options["eval_samples"]:
+            images = images.draw(options["eval_samples"], options["seed"])
+        console.say("evaluate", f"on {images.description}, device {device}")
+    else:
+        console.say("evaluate", "no images given: fused and unfused are compared on random ones")
+    try:
+        with console.progress() as progress:
+            result = fold(
+                swapped,
+                images,
+                original=original,
+                atol=options["atol"],
+                amp_dtype=o.amp_dtype(options),
+                progress=progress,
+            )
+            result.save(out, options["overwrite"], _sources(options), ["normswap", *sys.argv[1:]])
+    except CheckFailedError as error:
+        if error.report is not None:
+            console.result(error.report.to_json())  # type: ignore[attr-defined]
+        raise
+    report = result.report
+    difference = report.fold_max_abs_err or 0.0
+    console.say("fold", f"largest difference of an output, fused against unfused: {difference:.3g}")
+    console.result(report.to_json(), *([stages_table(report.stages)] if report.stages else []))
+    console.say("wrote", f"{out}/model.safetensors, config.json, normswap.json, README.md")
+
+
+def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tuple[Any, Any, str]:
+    """Return the swapped checkpoint, the original if it is needed, and the device they are on."""
+    console.say("load", options["model"])
+    from normswap import load_swapped, pipeline
+    from normswap.atomic import check_target
+    from normswap.errors import ArgumentError
+    from normswap.save import model_arguments
+
+    check_target(options["output"], options["overwrite"], _sources(options))
+    device = o.pick_device(options["device"])
+    swapped = load_swapped(options["model"].removeprefix("local-dir:"))
+    swapped.model.to(device)
+    if not needs_original:
+        return swapped, None, device
+    name = options["against"] or swapped.report.model
+    console.say("load", f"{name}, the original")
+    weights = {"pretrained": options["against_pretrained"], "checkpoint": options["against_checkpoint"]}
+    if ":" not in name and not any(weights.values()):
+        raise ArgumentError(f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE")
+    original = pipeline.open_model(name, **weights, **model_arguments(swapped.original)).to(device)
+    return swapped, original, device
+
+
+def _data(options: dict[str, Any], swapped: Any) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_images`; the images have the size that the swapped checkpoint is for."""
+    return o.data({**options, "img_size": swapped.plan.input_size[-1]})
+
+
+def _sources(options: dict[str, Any]) -> list[Path]:
+    paths = (options["model"], options["against_checkpoint"], options["data_dir"], options["class_map"])
+    return [Path(str(path).removeprefix("local-dir:")) for path in paths if path is not None]
+
+
+def _images(options: dict[str, Any]) -> str:
+    return f"--data-dir {options['data_dir']}" if options["data_dir"] else f"--dataset {options['dataset']}"

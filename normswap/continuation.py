@@ -1,0 +1,118 @@
+"""Go on from a swapped checkpoint: fine-tune it some more, or fold it into a finished model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .calibrate import BATCH_SIZE, Progress, no_progress, rebatched
+from .data import ImageSet
+from .errors import CheckFailedError
+from .evaluate import evaluate_models
+from .finetune import finetune
+from .fold import created_biases, fold_norms, max_difference
+from .pipeline import DEFAULT_ATOL, Conversion, fold_problem
+from .recipe import FinetuneOptions
+from .report import versions
+from .save import describe_edits
+from .swapped import Swapped
+
+# Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
+_RANDOM_IMAGES = 8
+
+
+def finetune_swapped(
+    swapped: Swapped,
+    original: nn.Module,
+    images: Iterable[Any],
+    options: FinetuneOptions | None = None,
+    *,
+    held_out: Iterable[Any] | None = None,
+    eval_images: Iterable[Any] | None = None,
+    state: str | Path | None = None,
+    resume: bool = False,
+    amp_dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Fine-tune a swapped checkpoint, in place, and bring its report up to date.
+
+    Args:
+        swapped: from `normswap.load_swapped`.
+        original: the model it came from, with weights: the teacher.
+        images: what to train on, see `normswap.finetune`.
+        options, held_out, state, resume: see `normswap.finetune`.
+        eval_images: what original, start and result are compared on; default: ``images``.
+        amp_dtype: autocast to it in the evaluation.
+        progress: called with (what, done, total).
+
+    Raises:
+        ArgumentError, CheckpointError, OutputError, CalibrationError, MissingExtraError: see `normswap.finetune`.
+    """
+    items = list(images) if eval_images is None else images
+    evaluation = items if eval_images is None else eval_images
+    start = "finetuned before" if swapped.report.finetuning is not None else "calibrated"
+    first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress)
+    found = finetune(
+        swapped.model, items, original, options, held_out=held_out, state=state, resume=resume, progress=progress
+    )
+    last = _evaluate({"original": original, "finetuned": swapped.model}, evaluation, amp_dtype, progress)
+    report = swapped.report
+    report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
+    report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
+    report.evaluation_data = evaluation.description if isinstance(evaluation, ImageSet) else f"{last[-1].n} images"
+
+
+def fuse(
+    swapped: Swapped,
+    images: Iterable[Any] | None = None,
+    *,
+    original: nn.Module | None = None,
+    atol: float = DEFAULT_ATOL,
+    amp_dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+) -> Conversion:
+    """Fold a swapped checkpoint; what comes back saves itself as `normswap.convert`'s result does.
+
+    Args:
+        swapped: from `normswap.load_swapped`; its model stays as it is.
+        images: what the models are compared on; without any, fused and unfused are compared on random images, and the
+            accuracies in the report stay those of the swapped checkpoint.
+        original: the model it came from, with weights, to measure the fused one against.
+        atol: largest absolute difference of an output that the fold may cause.
+        amp_dtype: autocast to it in the evaluation.
+        progress: called with (what, done, total).
+
+    Raises:
+        FoldError: folded weights are not finite.
+        CheckFailedError: fused and unfused differ by more than ``atol``.
+    """
+    model, report, size = swapped.model, swapped.report, swapped.plan.input_size
+    weight = next(model.parameters())
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        batches = [torch.randn(_RANDOM_IMAGES, *size, generator=generator).to(weight)]
+    else:
+        images = images if isinstance(images, ImageSet) else list(images)
+        batches = [batch.to(weight) for batch in rebatched(images, BATCH_SIZE)]
+    fused = fold_norms(model, input_size=size)
+    report.fold_max_abs_err = max_difference(model, fused, batches)
+    report.created_biases, report.versions = created_biases(swapped.original, fused), versions()
+    if images is not None:
+        before = {} if original is None else {"original": original}
+        report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress)
+        count = report.stages[-1].n
+        report.evaluation_data = images.description if isinstance(images, ImageSet) else f"{count} images"
+    if not report.fold_max_abs_err <= atol:
+        problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, atol)
+        error = CheckFailedError(f"{problem}: not saved")
+        error.report = report
+        raise error
+    edits = describe_edits(swapped.original, fused)
+    return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original)
+
+
+def _evaluate(models: dict[str, nn.Module], images: Iterable[Any], amp: torch.dtype | None, progress: Progress) -> list:
+    total = len(images) if isinstance(images, ImageSet) else 0
+    return evaluate_models(models, images, amp, progress, total)
