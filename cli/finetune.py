@@ -168,7 +168,9 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     console.say("load", f"{name}, the original")
     weights = {"pretrained": options["against_pretrained"], "checkpoint": options["against_checkpoint"]}
     if ":" not in name and not any(weights.values()):
-        raise ArgumentError(f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE")
+        raise ArgumentError(
+            f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
+        )
     original = pipeline.open_model(name, **weights, **model_arguments(swapped.original)).to(device)
     return swapped, original, device
 

@@ -1,6 +1,6 @@
 """Images in, by timm's own readers, transforms and data config; an image that cannot be read is named and counted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,12 @@ class ImageSet:
         Raises:
             DataError: more than ``max_skipped`` images, or all of them, cannot be read.
         """
+        # Each worker of a stream would read all of it, so one reads for all.
+        stream = isinstance(self.dataset, Stream)
         loader = DataLoader(
-            _Readable(self.dataset, self.transform, self.mode),
+            self.dataset.read(self.transform) if stream else _Readable(self.dataset, self.transform, self.mode),
             batch_size=self.batch_size,
-            num_workers=self.workers,
+            num_workers=min(self.workers, 1) if stream else self.workers,
             collate_fn=_collate,
         )
         seen = 0
@@ -74,10 +76,19 @@ class ImageSet:
                 )
             if images is not None:
                 seen += len(images)
+                self._check_labels(labels)
                 yield images, labels if self.num_classes is not None else None
         if not seen:
             name, why = next(iter(self.skipped.items()), ("", ""))
             raise DataError(f"no image of {self.description} can be read{f', as {name} ({why})' if name else ''}")
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        """Raise for labels that no class of the model has; a stream does not say beforehand how many it has."""
+        if self.num_classes is not None and isinstance(self.dataset, Stream) and int(labels.max()) >= self.num_classes:
+            raise DataError(
+                f"{self.description}: label {int(labels.max())}, and the model answers {self.num_classes} classes: give "
+                f"--class-map, or --no-labels to compare with the original only"
+            )
 
     def draw(self, count: int, seed: int, skip: int = 0) -> "ImageSet":
         """Return a random subset of ``count`` images (all if there are fewer), the same for the same seed.
@@ -90,7 +101,48 @@ class ImageSet:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         chosen = sorted(order[skip : skip + count].tolist())
         description = f"{len(chosen)} of {self.description}, seed {seed}"
-        return replace(self, dataset=Subset(self.dataset, chosen), description=description, skipped={})
+        subset = self.dataset.subset(chosen) if isinstance(self.dataset, Stream) else Subset(self.dataset, chosen)
+        return replace(self, dataset=subset, description=description, skipped={})
+
+
+class Stream:
+    """Images that come one after the other, as from WebDataset shards: a subset is read in one pass over all.
+
+    Args:
+        dataset: timm's, with pairs of image and label.
+        places: which of them, in rising order; default: all.
+    """
+
+    def __init__(self, dataset: Any, places: Sequence[int] | None = None) -> None:
+        self.dataset = dataset
+        self.places = range(len(dataset)) if places is None else places
+        self.reader = dataset.reader
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def subset(self, chosen: Sequence[int]) -> "Stream":
+        """Return the images at these places among those it has."""
+        return Stream(self.dataset, [self.places[i] for i in chosen])
+
+    def read(self, transform: Any) -> "_Reading":
+        """Return what a loader reads from."""
+        return _Reading(self, transform)
+
+
+class _Reading(IterableDataset):
+    def __init__(self, stream: Stream, transform: Any) -> None:
+        self.stream, self.transform = stream, transform
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, None]]:
+        wanted = iter(self.stream.places)
+        place = next(wanted, None)
+        for at, (image, label) in enumerate(self.stream.dataset):
+            if place is None:
+                return
+            if at == place:
+                yield self.transform(image), -1 if label is None else int(label), None
+                place = next(wanted, None)
 
 
 class _Readable(Dataset):
@@ -178,8 +230,10 @@ def load_images(
         raise ArgumentError(f"--dataset {dataset} also needs --data-dir, the folder it lies in")
     mode = "L" if channels == 1 else "RGB"
     found = _create(dataset, root, split, class_map, mode)
-    classes = _num_classes(found) if labels else None
     expected = getattr(model, "num_classes", 0)
+    classes = _num_classes(found) if labels else None
+    if labels and isinstance(found, Stream) and expected:
+        classes = classes or expected  # checked with every batch
     where = f"{dataset or root} ({split})" if dataset else str(root)
     if classes is not None and expected and classes != expected:
         raise DataError(
@@ -270,9 +324,14 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
         raise DataError(
             f"{where}: no images in it" if empty else f"{where}: {reason[0] if reason else type(error).__name__}"
         ) from error
-    if isinstance(found, IterableDataset):
-        raise DataError(f"{where}: a streaming data set cannot be sampled; use its map-style form (hfds/, torch/)")
-    return found
+    if not isinstance(found, IterableDataset):
+        return found
+    if len(found) == 0:  # type: ignore[arg-type]  # timm's has a length
+        raise DataError(
+            f"{where}: the stream does not say how many images it has; for wds/ write that into _info.json, or behind "
+            f"the split, as --split 'val-{{0000..0007}}.tar|5000'"
+        )
+    return Stream(found)
 
 
 def _num_classes(dataset: Any) -> int | None:

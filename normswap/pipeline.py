@@ -171,9 +171,7 @@ def convert(
         if control:
             controls = {"control": copy.deepcopy(original)}
             with clock("control"):
-                finetune(
-                    controls["control"], source, original, finetune_options, held_out=held_out, progress=progress
-                )
+                finetune(controls["control"], source, original, finetune_options, held_out=held_out, progress=progress)
         with clock("finetune"):
             finetuning = finetune(
                 trained,

@@ -47,7 +47,9 @@ def test_round_trip(tmp_path, name, ffn_bn):
 
 
 def test_layers_that_build_their_bias(tmp_path):
-    model = randomised(timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=2)).eval()
+    model = randomised(
+        timm.create_model("beit_base_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=2)
+    ).eval()
     result, loaded = _written(tmp_path, model)
     x = images(model, 3, seed=9)
     with torch.no_grad():
