@@ -172,6 +172,7 @@ def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = 
             show_default=True,
             help="BatchNorm as it was set, or with each batch's statistics",
         ),
+        click.option("--train-stem", is_flag=True, help="train the first layer too; it makes runs less stable"),
         click.option(
             "--fade", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="blend over this share of the run"
         ),
@@ -228,6 +229,7 @@ def finetuning(options: dict[str, Any]) -> Any:
         features=options["feature_weight"],
         labels=options["label_weight"],
         bn_mode=options["bn_mode"],
+        stem=options["train_stem"],
         fade=options["fade"],
         fade_order=options["fade_order"],
         ema=options["model_ema_decay"],

@@ -86,8 +86,8 @@ class ImageSet:
         """Raise for labels that no class of the model has; a stream does not say beforehand how many it has."""
         if self.num_classes is not None and isinstance(self.dataset, Stream) and int(labels.max()) >= self.num_classes:
             raise DataError(
-                f"{self.description}: label {int(labels.max())}, and the model answers {self.num_classes} classes: give "
-                f"--class-map, or --no-labels to compare with the original only"
+                f"{self.description}: label {int(labels.max())}, and the model answers {self.num_classes} classes: "
+                f"give --class-map, or --no-labels to compare with the original only"
             )
 
     def draw(self, count: int, seed: int, skip: int = 0) -> "ImageSet":

@@ -28,6 +28,8 @@ class FinetuneOptions:
         bn_mode: "frozen" trains through BatchNorm's fixed map, its statistics as calibration set them; "train" uses
             the statistics of each batch, and afterwards estimates them again on clean images.
         momentum: of the running statistics in "train".
+        stem: also train the first layer, the one that reads pixels. Neighbouring pixels are alike, so steps of one size
+            for every weight, as Adam makes them, add up there: it is the sharpest place of the model.
         fade: share of the run over which each LayerNorm is blended into its BatchNorm; 0 for none, see `normswap.fade`.
         fade_order: "all", "blockwise" or "mlp-first".
         ema: decay of an exponential moving average of the weights, which is then the result; None for none.
@@ -49,6 +51,7 @@ class FinetuneOptions:
     labels: float = 0.0
     bn_mode: str = "frozen"
     momentum: float = 0.01
+    stem: bool = False
     fade: float = 0.0
     fade_order: str = "all"
     ema: float | None = None

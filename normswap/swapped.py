@@ -108,14 +108,14 @@ def load_swapped(path: str | Path) -> Swapped:
         report = _report(record["report"])
         original = timm.create_model(f"local-dir:{path}", pretrained=False).eval()
         size = tuple(record["input_size"])
-        plan = make_plan(original, record["keep"], input_size=resolve_input_size(original, size))  # type: ignore
+        plan = make_plan(original, record["keep"], input_size=resolve_input_size(original, size))
         if _verdicts(plan) != record["verdicts"]:
             raise CheckpointError(f"{path}: this version of normswap plans this architecture otherwise: convert again")
         ffn_bn: FfnBn = report.ffn_bn  # type: ignore[assignment]
         model = swap_norms(original, plan, ffn_bn)
         apply_edits(model, record["edits"])
         for name, eps in record["eps"].items():
-            model.get_submodule(name).eps = eps  # type: ignore[assignment]
+            model.get_submodule(name).eps = eps
         state = load_file(path / SWAPPED_WEIGHTS)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):

@@ -75,7 +75,9 @@ class Run:
         self._check_heads()
         self.start = {name: tensor.clone() for name, tensor in swapped.state_dict().items()}
         self.before = self.measure(swapped)
-        self.accelerator, self.optimizer, self.model = _prepared(swapped, options)
+        self.stem = [] if options.stem else list(_first_layer(swapped, pixels[:1]))
+        with self._stem_kept():
+            self.accelerator, self.optimizer, self.model = _prepared(swapped, options)
         self.average = _average(swapped, options.ema)
 
     def _check_heads(self) -> None:
@@ -94,6 +96,16 @@ class Run:
                     f"the model has classes 0 to {shapes[0][0] - 1}"
                 )
 
+    @contextmanager
+    def _stem_kept(self) -> Iterator[None]:
+        for parameter in self.stem:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in self.stem:
+                parameter.requires_grad_(True)
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same for a state to belong to this run."""
         plain = {key: str(value) for key, value in asdict(self.options).items()}
@@ -104,7 +116,7 @@ class Run:
         began = saved = time.monotonic()
         first = self.step
         agreement = self.before[1]
-        with _trained(self.norms.values(), self.options), self.fade.blended():
+        with _trained(self.norms.values(), self.options), self.fade.blended(), self._stem_kept():
             while self.step < self.total:
                 self.fade.at(self.step / self.total)
                 if not self._take():
@@ -305,6 +317,28 @@ def _prepared(student: nn.Module, options: FinetuneOptions) -> tuple[Any, torch.
     accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, kwargs_handlers=[unused])
     optimizer = create_optimizer_v2(student, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay)
     return accelerator, optimizer, accelerator.prepare_model(student, device_placement=False)
+
+
+@torch.no_grad()
+def _first_layer(model: nn.Module, image: torch.Tensor) -> Iterator[nn.Parameter]:
+    """Yield the parameters, of those that are trained, of the first layer with weights that runs on an image."""
+    first: list[nn.Module] = []
+
+    def hook(module: nn.Module, _: tuple[Any, ...]) -> None:
+        first.append(module)
+
+    layers = [
+        m for m in model.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False)) and not [*m.children()]
+    ]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        with eval_mode(model):
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if first:
+        yield from (parameter for parameter in first[0].parameters() if parameter.requires_grad)
 
 
 def _average(student: nn.Module, decay: float | None) -> ModelEmaV3 | None:

@@ -72,6 +72,20 @@ def test_it_learns(start, extra):
     assert not _equal(student, swapped.state_dict())
 
 
+def test_the_stem_stays_unless_it_is_wanted(start):
+    original, swapped, batches = start
+    for stem in (False, True):
+        student = _copy(swapped)
+        student.patch_embed.proj.bias.requires_grad_(False)
+        found = normswap.finetune(student, batches, original, FinetuneOptions(**{**vars(LEARN), "stem": stem}))
+        assert found.taken
+        assert torch.equal(student.patch_embed.proj.weight, swapped.patch_embed.proj.weight) is not stem
+        assert torch.equal(student.patch_embed.proj.bias, swapped.patch_embed.proj.bias)
+        assert not torch.equal(student.blocks[0].attn.qkv.weight, swapped.blocks[0].attn.qkv.weight)
+        trained = {name: parameter.requires_grad for name, parameter in student.named_parameters()}
+        assert [name for name, wanted in trained.items() if not wanted] == ["patch_embed.proj.bias"]
+
+
 def test_frozen_norms_keep_their_statistics(start):
     original, swapped, batches = start
     student = _copy(swapped)
