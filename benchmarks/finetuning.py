@@ -43,6 +43,8 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
         lr=row["lr"],
         opt=row["opt"],
         bn_mode=row["bn_mode"],
+        hflip=row["hflip"],
+        scale=row["scale"],
         amp_dtype=torch.bfloat16 if row["amp"] else None,
         seed=row["seed"],
     )
@@ -100,6 +102,8 @@ def table(rows: list[dict]) -> str:
 @click.option("--lr", "rates", multiple=True, type=float, default=(normswap.FinetuneOptions.lr,), show_default=True)
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42,), show_default=True)
 @click.option("--opt", default=normswap.FinetuneOptions.opt, show_default=True)
+@click.option("--hflip", default=normswap.FinetuneOptions.hflip, show_default=True)
+@click.option("--scale", default=normswap.FinetuneOptions.scale, show_default=True)
 @click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
 @click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
 @click.option("--epochs", default=3, show_default=True)
@@ -116,6 +120,8 @@ def main(
     rates: tuple[float, ...],
     seeds: tuple[int, ...],
     opt: str,
+    hflip: float,
+    scale: float,
     samples: int,
     calibrate: int | None,
     epochs: int,
@@ -133,7 +139,14 @@ def main(
     machine = f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
     for start, ffn_bn, mode, lr, seed in product(starts, positions, modes, rates, seeds):
         row = {"model": model, "start": start, "ffn_bn": ffn_bn, "bn_mode": mode, "lr": lr, "seed": seed}
-        row |= {"opt": opt, "samples": min(samples, len(images)), "epochs": epochs, "amp": amp}
+        row |= {
+            "opt": opt,
+            "hflip": hflip,
+            "scale": scale,
+            "samples": min(samples, len(images)),
+            "epochs": epochs,
+            "amp": amp,
+        }
         if any(row.items() <= known.items() for known in record["rows"]):
             continue
         found = measure(original, images, evaluation, row, calibrate)

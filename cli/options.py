@@ -174,6 +174,16 @@ def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = 
         ),
         click.option("--train-stem", is_flag=True, help="train the first layer too; it makes runs less stable"),
         click.option(
+            "--hflip", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="mirror training images"
+        ),
+        click.option(
+            "--scale",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            show_default=True,
+            help="least share of a training image that a random crop keeps",
+        ),
+        click.option(
             "--fade", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="blend over this share of the run"
         ),
         click.option(
@@ -230,6 +240,8 @@ def finetuning(options: dict[str, Any]) -> Any:
         labels=options["label_weight"],
         bn_mode=options["bn_mode"],
         stem=options["train_stem"],
+        hflip=options["hflip"],
+        scale=options["scale"],
         fade=options["fade"],
         fade_order=options["fade_order"],
         ema=options["model_ema_decay"],

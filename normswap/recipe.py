@@ -30,6 +30,8 @@ class FinetuneOptions:
         momentum: of the running statistics in "train".
         stem: also train the first layer, the one that reads pixels. Neighbouring pixels are alike, so steps of one size
             for every weight, as Adam makes them, add up there: it is the sharpest place of the model.
+        hflip: how likely a training image is mirrored, for teacher and student alike.
+        scale: least share of a training image's area that a random crop keeps; 1 for no crops.
         fade: share of the run over which each LayerNorm is blended into its BatchNorm; 0 for none, see `normswap.fade`.
         fade_order: "all", "blockwise" or "mlp-first".
         ema: decay of an exponential moving average of the weights, which is then the result; None for none.
@@ -52,6 +54,8 @@ class FinetuneOptions:
     bn_mode: str = "frozen"
     momentum: float = 0.01
     stem: bool = False
+    hflip: float = 0.0
+    scale: float = 1.0
     fade: float = 0.0
     fade_order: str = "all"
     ema: float | None = None
@@ -79,6 +83,8 @@ class FinetuneOptions:
             raise ArgumentError("kl, features, labels and weight_decay must not be negative")
         if not self.kl + self.features + self.labels > 0:
             raise ArgumentError("kl, features and labels are all 0: there is nothing to train for")
+        if not 0 <= self.hflip <= 1 or not 0 < self.scale <= 1:
+            raise ArgumentError("hflip is a probability, scale a share of an image's area from above 0 to 1")
         if not 0 <= self.warmup < 1 or not 0 < self.momentum <= 1 or not (self.ema is None or 0 < self.ema < 1):
             raise ArgumentError("warmup is from 0 to below 1, momentum above 0 to 1, ema between 0 and 1")
 

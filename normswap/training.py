@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
+from .augment import views
 from .calibrate import Progress
 from .distil import distance, hints, is_classifier, taps
 from .distributed import all_sum, world
@@ -212,8 +213,9 @@ class Run:
         return True
 
     def _loss(self, index: torch.Tensor) -> torch.Tensor:
-        x = self.pixels[index]
         o = self.options
+        seed = (o.seed * 1_000_003 + self.step) * 4_099 + int(index[0])  # another view in every epoch
+        x = views(self.pixels[index], o.hflip, o.scale, seed % 2**63)
         device = x.device.type
         cast = torch.autocast(device, o.amp_dtype or torch.bfloat16, enabled=o.amp_dtype is not None)
         with cast, taps(self.teacher, self.sites) as wanted, torch.no_grad():

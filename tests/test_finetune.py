@@ -16,6 +16,7 @@ from torch import distributed, multiprocessing
 
 import normswap
 from normswap import ArgumentError, CalibrationError, CheckpointError, FinetuneOptions, MissingExtraError, OutputError
+from normswap.augment import views
 from normswap.demo import FOLDER, MODEL
 from normswap.swap import batch_norms
 from normswap.training import estimate_statistics
@@ -53,7 +54,9 @@ def _equal(a: torch.nn.Module, b: dict) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
 
 
-@pytest.mark.parametrize("extra", [{}, {"labels": 1.0}, {"accumulate": 2}, {"ema": 0.5}, {"features": 0.0}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"labels": 1.0}, {"accumulate": 2}, {"ema": 0.5}, {"features": 0.0}, {"hflip": 0.5, "scale": 0.8}]
+)
 def test_it_learns(start, extra):
     original, swapped, batches = start
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
@@ -70,6 +73,26 @@ def test_it_learns(start, extra):
     assert _equal(original, before)
     assert not any(module.training for module in student.modules())
     assert not _equal(student, swapped.state_dict())
+
+
+def test_views(start):
+    x = torch.cat([x for x, _ in start[2]])
+    assert views(x, 0.0, 1.0, 1) is x
+    assert torch.equal(views(x, 1.0, 1.0, 1), x.flip(-1))
+    some = views(x, 0.5, 1.0, 1)
+    mirrored = (some == x.flip(-1)).flatten(1).all(1)
+    assert 0.3 < float(mirrored.float().mean()) < 0.7
+    assert torch.equal(some[~mirrored], x[~mirrored])
+    before = torch.random.get_rng_state()
+    cropped = views(x, 0.5, 0.6, 3)
+    assert torch.equal(cropped, views(x, 0.5, 0.6, 3))
+    assert not torch.equal(cropped, views(x, 0.5, 0.6, 4))
+    assert cropped.shape == x.shape
+    assert torch.equal(before, torch.random.get_rng_state())
+    # The crops of an image differ from each other, and each is like the image.
+    same = views(x[:1].expand(8, -1, -1, -1), 0.0, 0.6, 5)
+    assert len({float(image.sum()) for image in same}) > 4
+    assert all(float(torch.corrcoef(torch.stack([a.flatten(), x[0].flatten()]))[0, 1]) > 0.3 for a in same)
 
 
 def test_the_stem_stays_unless_it_is_wanted(start):
@@ -170,7 +193,8 @@ import normswap
 torch.set_num_threads(1)
 original, swapped, batches = _start()
 state, resume, out = sys.argv[1], sys.argv[2] == "resume", sys.argv[3]
-normswap.finetune(swapped, batches, original, LEARN, state=state, resume=resume, save_every=0.0)
+options = normswap.FinetuneOptions(**{**vars(LEARN), "hflip": 0.5, "scale": 0.8})
+normswap.finetune(swapped, batches, original, options, state=state, resume=resume, save_every=0.0)
 torch.save(swapped.state_dict(), out)
 """
 
@@ -252,6 +276,8 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
         (160, {"kl": -1.0}, "must not be negative"),
         (160, {"kl": 0.0, "features": 0.0}, "there is nothing to train for"),
         (160, {"ema": 1.0}, "ema between 0 and 1"),
+        (160, {"hflip": 1.5}, "hflip is a probability"),
+        (160, {"scale": 0.0}, "scale a share of an image's area"),
     ],
 )
 def test_bad_arguments(start, take, options, text):

@@ -35,6 +35,7 @@ ROAD = (
     "distil",
     "fade",
     "recipe",
+    "augment",
     "training",
     "finetune",
     "fold",
