@@ -139,7 +139,7 @@ def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = 
         ),
         click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
         click.option(
-            "--lr", type=click.FloatRange(0, min_open=True), default=3e-6, show_default=True, help="peak learning rate"
+            "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
         ),
         click.option(
             "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="of the optimiser"

@@ -41,7 +41,7 @@ class FinetuneOptions:
     """
 
     epochs: int = 1
-    lr: float = 3e-6
+    lr: float = 1e-5
     opt: str = "adamw"
     weight_decay: float = 0.0
     warmup: float = 0.1
