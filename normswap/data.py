@@ -1,5 +1,6 @@
 """Images in, by timm's own readers, transforms and data config; an image that cannot be read is named and counted."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class ImageSet:
         num_classes: how many classes the labels have; None if the images carry none.
         input_size: (channels, height, width) of the images after the transform.
         mode: PIL's name of the channels, "RGB" or "L".
+        mean, std: of the transform's normalisation, per channel.
         batch_size, workers: of the loader.
         max_skipped: how many unreadable images are tolerated.
         skipped: names of the unreadable images met so far.
@@ -47,6 +49,8 @@ class ImageSet:
     workers: int = 0
     max_skipped: int = 10
     skipped: dict[str, str] = field(default_factory=dict)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,6 +90,28 @@ class ImageSet:
         description = f"{len(chosen)} of {self.description}, seed {seed}"
         return replace(self, dataset=Subset(self.dataset, chosen), description=description, skipped={})
 
+    def filename(self, position: int) -> str:
+        """Return the name of an image by its place among those that iterating gave; "image 17" where it has none."""
+        if not self.skipped:
+            return _filename(self.dataset, position)
+        names = (_filename(self.dataset, index) for index in range(len(self)))
+        return next(itertools.islice((name for name in names if name not in self.skipped), position, None))
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes by label, from the folders or the class map; empty without labels."""
+        base = self.dataset.dataset if isinstance(self.dataset, Subset) else self.dataset
+        return [] if self.num_classes is None else _classes(base)
+
+
+def _filename(dataset: Any, index: int) -> str:
+    if isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    try:
+        return str(dataset.filename(index))
+    except (AttributeError, AssertionError, KeyError, TypeError, NotImplementedError):  # not every reader has names
+        return f"image {index}"
+
 
 class _Readable(Dataset):
     """Gives (image, label, None), or (None, label, (name, reason)) for an image that cannot be read."""
@@ -110,8 +136,7 @@ class _Readable(Dataset):
                 image, label, *_ = base[at]
                 image = image.convert(self.mode)
         except _UNREADABLE as error:
-            name = base.filename(at) if hasattr(base, "filename") else f"image {at}"
-            return None, -1, (str(name), str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None, -1, (_filename(base, at), str(error).splitlines()[0] if str(error) else type(error).__name__)
         return self.transform(image), -1 if label is None else int(label), None
 
 
@@ -183,7 +208,17 @@ def load_images(
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
     description = f"{len(found)} images of {short}"
     return ImageSet(
-        found, transform, description, classes, tuple(data_config["input_size"]), mode, batch_size, workers, max_skipped
+        found,
+        transform,
+        description,
+        classes,
+        tuple(data_config["input_size"]),
+        mode,
+        batch_size,
+        workers,
+        max_skipped,
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
     )
 
 
@@ -271,9 +306,16 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
 
 def _num_classes(dataset: Any) -> int | None:
     """Return how many classes the labels have; None for a flat folder, whose only class says nothing."""
+    count = len(_classes(dataset))
+    return count if count > 1 else None
+
+
+def _classes(dataset: Any) -> list[str]:
+    """Return the names of the classes in the order of the labels."""
     reader = getattr(dataset, "reader", dataset)
     for name in ("class_to_idx", "class_name_to_idx", "classes"):
         classes = getattr(reader, name, None)
         if classes:
-            return len(classes) if len(classes) > 1 else None
-    return None
+            names = sorted(classes, key=lambda c: classes[c]) if isinstance(classes, dict) else classes
+            return [str(name) for name in names]
+    return []
