@@ -13,6 +13,7 @@ WIDTH = 420.0
 _LABELS = 148.0  # of them for the names of rows
 _LABEL_LETTERS = 21
 _RIGHT = 14.0
+_HUGE = 1e100  # what is larger cannot be told from infinity in a picture
 _SIZE = 3.6  # of a mark: radius of a dot, half the diagonal of a diamond
 
 
@@ -94,24 +95,25 @@ class Scale:
 
 
 def finite(value: object) -> float | None:
-    """Return a number as it is, and None for anything that is none: NaN, infinity, text."""
+    """Return a number as it is, and None for anything that is none: NaN, infinity or almost so, text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _HUGE else None
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return round numbers from ``low`` or just below to ``high`` or just above, about ``most`` of them."""
+    """Return round numbers from ``low`` or just below to ``high`` or just above, about ``most`` of them.
+
+    Both are `finite`; where they hardly differ, the numbers reach beyond.
+    """
     span = high - low
-    if not (span > 0 and math.isfinite(span)) or span < 1e-9 * max(abs(low), abs(high)):
+    if span < 1e-9 * max(abs(low), abs(high), 1e-90):
         low, high = low - 0.5 * max(abs(low), 1.0), high + 0.5 * max(abs(high), 1.0)
         span = high - low
-        if not math.isfinite(span):
-            return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next((m * power for m in (1, 2, 5, 10, 20, 50) if span / (m * power) <= most), 100 * power)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -84,12 +84,6 @@ def render_page(record: Mapping[str, Any], benchmark: Mapping[str, Any] | None =
     check_extra()
     import jinja2
 
-    speed = None if benchmark is None else Speed.of(printable(benchmark))
-    try:
-        content = _content(printable(record)) | {"speed": speed}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{source or 'normswap.json'}: no page can be made of it ({problem})") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("normswap"),
         autoescape=True,
@@ -98,7 +92,13 @@ def render_page(record: Mapping[str, Any], benchmark: Mapping[str, Any] | None =
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda value, digits=2: number(finite(value), digits)
-    return environment.get_template("report.html").render(content)
+    template = environment.get_template("report.html")
+    speed = None if benchmark is None else Speed.of(printable(benchmark))
+    try:
+        return template.render(_content(printable(record)) | {"speed": speed})
+    except (KeyError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{source or 'normswap.json'}: no page can be made of it ({problem})") from error
 
 
 def _content(record: Mapping[str, Any]) -> dict[str, Any]:
