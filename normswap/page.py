@@ -239,7 +239,8 @@ def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _benchmark_command(report: Mapping[str, Any]) -> str:
     out = report.get("out") or "OUT"
-    return f"normswap benchmark -m local-dir:{out} --against {report['model']} --json > {out}/benchmark.json"
+    names = [shlex.quote(str(text)) for text in (report["model"], f"local-dir:{out}", f"{out}/benchmark.json")]
+    return "normswap benchmark -m {} --against {} --json > {}".format(*names)
 
 
 def read_benchmark(path: Path) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def record():
     return record_of(convert(method="reconstruct"))
 
 
+@pytest.fixture(scope="module")
+def result():
+    """A conversion that is quickly done."""
+    return convert(method="channel")
+
+
 class Elements(HTMLParser):
     """Counts start tags, and collects attributes and text."""
 
@@ -108,7 +114,7 @@ def test_a_page_without_most_things(record):
     assert "None were kept." in page
     assert "called from Python" in page
     assert "prefix tokens" not in page
-    headless = record_of(convert("headless"))
+    headless = record_of(convert("headless", method="channel"))
     page = render_page(headless)
     assert "Cosine similarity of the output" in page
     assert "cosine" in page
@@ -157,8 +163,7 @@ def test_a_benchmark_that_is_none_is_refused(tmp_path, text):
         read_benchmark(file)
 
 
-def test_without_jinja_the_folder_comes_without_the_page(tmp_path, monkeypatch):
-    result = convert()
+def test_without_jinja_the_folder_comes_without_the_page(result, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result.save(tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
@@ -168,8 +173,7 @@ def test_without_jinja_the_folder_comes_without_the_page(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_the_folder_holds_the_page_that_its_record_gives(tmp_path):
-    result = convert()
+def test_the_folder_holds_the_page_that_its_record_gives(result, tmp_path):
     result.save(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "normswap.json").read_text())
     assert (tmp_path / "out" / "report.html").read_text() == render_page(record)
@@ -283,6 +287,9 @@ def test_nothing_sticks_out_sideways(browser, written, name, width):
     shown = Shown(browser, written[name])
     shown.show(width)
     shown.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+    wide = f"[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > {width} + 1)"
+    sticking = shown.ask(f"{wide}.filter(e => !e.closest('.scroll, svg')).map(e => e.tagName + '.' + e.className)")
+    assert sticking == []
     assert shown.ask("innerWidth") == width  # a phone would zoom out to show what sticks out
     assert shown.ask("document.documentElement.scrollWidth") <= width
     # Letters in the charts stay legible: SVG text scales with the picture.

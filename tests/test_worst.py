@@ -121,13 +121,13 @@ def test_names_are_those_of_the_files_that_were_read():
 
 
 def test_a_conversion_reports_them():
-    result = convert(worst_images=2)
+    result = convert(method="channel", worst_images=2)
     assert len(result.report.worst) == len(result._thumbnails) == 2
     assert result.report.worst[0].kl == pytest.approx(result.report.stages[-1].worst_kl)
     card = model_card(result.report, None)
     assert f"| {result.report.worst[0].name} |" in card
     assert fit_line(result.report.fits) in card
-    none = convert(worst_images=0)
+    none = convert(method="channel", worst_images=0)
     assert (none.report.worst, none._thumbnails) == ([], [])
     assert "changed most" not in model_card(none.report, None)
 
@@ -135,7 +135,7 @@ def test_a_conversion_reports_them():
 def test_others_text_cannot_break_the_card_or_the_terminal():
     from dataclasses import replace
 
-    report = convert(worst_images=1).report
+    report = convert(method="channel", worst_images=1).report
     report.worst = [replace(report.worst[0], name=HOSTILE, label="a|b\n[c](d)")]
     card = model_card(report, None)
     card.encode()
