@@ -203,6 +203,12 @@ def dots(
                 _line(svg, x(before), at, x(value), at, f"join {one.style}")
                 _dot(svg, x, before, at, f"{one.style} before", f"{row}, {one.name} before: {before:.{digits}f}{unit}")
             _dot(svg, x, value, at, one.style, f"{row}, {one.name}: {value:.{digits}f}{unit}")
+            for beyond in (v for v in (value, before) if v is not None and not x.holds(v)):
+                left = beyond < x.low
+                words = f"{beyond:.3g}".replace("-", "\N{MINUS SIGN}")
+                _words(
+                    svg, x(beyond) + (9 if left else -9), at + 4, words, "tick beyond" if left else "tick beyond end"
+                )
     return _done(svg)
 
 

@@ -29,8 +29,8 @@ from .summary import printable
 
 T = TypeVar("T")
 
-# What a chart of errors shows at most, and of R2 at least; what is beyond is drawn as a triangle at the edge.
-_MOST_ERROR, _LEAST_R2 = 200.0, -1.0
+# A chart reaches so many times the upper quartile of its errors; what is beyond is drawn as a triangle at the edge.
+_REACH_ERROR, _REACH_R2 = 4.0, 10.0
 _CONTROL = "control"
 _PICTURES = ("data:image/png;base64,", "data:image/jpeg;base64,")
 _VERDICTS = ("fold-forward", "fold-backward", "affine", "keep")
@@ -116,6 +116,7 @@ def _content(record: Mapping[str, Any]) -> dict[str, Any]:
         "first": stages[0] if stages else None,
         "last": stages[-1] if stages else None,
         "metric": metric,
+        "control": any(s.name == _CONTROL for s in stages),
         "waterfall": _waterfall(stages, metric),
         "stage_rows": [_stage_row(s) for s in stages],
         "gone": report["sites"]["total"] - report["sites"]["keep"],
@@ -124,6 +125,7 @@ def _content(record: Mapping[str, Any]) -> dict[str, Any]:
         "fits": fits,
         "fit_rows": [_fit_row(f) for f in fits],
         "fit_chart": _fit_chart(fits),
+        "outside": "A triangle stands for a number beyond the scale.",
         "has_prefix": any(f.r2_prefix is not None for f in fits),
         "stream": stream_rows(stream, every=True),
         "stream_columns": [*STREAM_COLUMNS[:-1], "note"],
@@ -185,10 +187,15 @@ def _fit_chart(fits: Sequence[SiteFit]) -> Svg | None:
     series = [Series("patch tokens", "patch", patches)]
     if any(f.r2_prefix is not None for f in fits):
         series.append(Series("prefix tokens", "prefix", [f.r2_prefix for f in fits]))
-    known = [v for s in series for v in map(finite, s.values) if v is not None]
-    low = ticks(max(min(known, default=0.0), _LEAST_R2), 1.0)[0]
-    axis = Scale(max(low, _LEAST_R2), 1.0, 0, 1)
+    known = [1 - v for s in series for v in map(finite, s.values) if v is not None]
+    axis = Scale(ticks(1 - _reach(known, _REACH_R2), 1.0)[0], 1.0, 0, 1)
     return dots([f.site for f in fits], series, "R squared of each norm, from first to last", axis, digits=4)
+
+
+def _reach(errors: Sequence[float], times: float) -> float:
+    """Return the largest of the errors, or so many times their upper quartile if that is less; above 0."""
+    upper = sorted(errors)[3 * len(errors) // 4] if errors else 0.0
+    return max(min(max(errors, default=0.0), times * upper), 1e-3)
 
 
 def _stream_chart(stream: Sequence[StreamError]) -> Svg | None:
@@ -203,7 +210,7 @@ def _stream_chart(stream: Sequence[StreamError]) -> Svg | None:
     if any(e.prefix is not None for e in stream):
         series.append(Series("prefix tokens", "prefix", percent("prefix"), percent("prefix_before")))
     known = [v for s in series for v in (*s.values, *s.before) if v is not None]
-    axis = Scale(0.0, ticks(0.0, min(max(known, default=1.0), _MOST_ERROR))[-1], 0, 1)
+    axis = Scale(0.0, ticks(0.0, _reach(known, _REACH_ERROR))[-1], 0, 1)
     title = "error of the residual stream after each layer that writes to it, from first to last"
     return dots([e.after for e in stream], series, title, axis, unit=" %", digits=1)
 
