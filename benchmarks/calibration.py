@@ -20,7 +20,7 @@ import torch
 import normswap
 from normswap.calibrate import BATCH_SIZE
 from normswap.data import load_splits
-from normswap.report import versions
+from normswap.provenance import versions
 
 
 class Recorded(torch.nn.Module):

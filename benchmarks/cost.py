@@ -17,7 +17,7 @@ import torch
 
 import normswap
 from normswap.calibrate import BATCH_SIZE
-from normswap.report import versions
+from normswap.provenance import versions
 
 
 def peak_gib() -> float:

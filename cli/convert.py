@@ -59,6 +59,8 @@ _POSITIONS = ("pre-act", "post-act", "none")
     metavar="FOLDER",
     help="also write the model before the fold, for normswap finetune and normswap fuse",
 )
+@click.option("--worst-images", type=click.IntRange(0), default=8, show_default=True, help="pictures in the report")
+@click.option("--report/--no-report", default=None, help="write report.html  [if the report extra is installed]")
 @click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
 @o.output_options()
 def convert(**options: Any) -> None:
@@ -83,8 +85,11 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap.atomic import check_target
     from normswap.data import load_splits
     from normswap.errors import ArgumentError, CheckFailedError
+    from normswap.page import check_extra
     from normswap.save import check_saveable
 
+    if options["report"]:
+        check_extra()
     if out is not None and not options["dry_run"]:
         check_target(out, options["overwrite"], sources)
         if options["save_swapped"] is not None:
@@ -147,6 +152,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 finetune_state=options["finetune_state"],
                 resume=options["resume"],
                 control=options["control"],
+                worst_images=options["worst_images"],
                 name=options["model"],
                 progress=progress,
             )
@@ -154,7 +160,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 return
             overrides = o.preprocessing(options)
             command = ["normswap", *sys.argv[1:]]
-            result.save(out, options["overwrite"], sources, command, overrides or None)
+            result.save(out, options["overwrite"], sources, command, overrides or None, options["report"])
             if options["save_swapped"] is not None:
                 result.save_swapped(options["save_swapped"], options["overwrite"], sources, command, overrides or None)
     except CheckFailedError as error:
@@ -177,7 +183,10 @@ def _readers_only(options: dict[str, Any]) -> bool:
 def _show(console: Console, report: Any, verbose: int) -> None:
     if report is None:
         return
-    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table
+    from rich.markup import escape
+
+    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
+    from normswap.summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
 
     if report.calibration_passes is not None:
         seconds = report.seconds["calibrate"]
@@ -185,6 +194,9 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         console.say("cost", f"calibration took {cost}")
     if report.finetuning is not None:
         console.say("finetune", report.finetuning.line())
+    fit = fit_line(report.fits)
+    if fit:
+        console.say("fit", fit)
     for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
         console.say("kept", line)
     scarce = scarce_rows(report.layers)
@@ -204,13 +216,23 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
     if report.stream:
         tables.append(stream_table(report.stream, every=verbose > 0))
+    if report.worst:
+        rows = worst_rows(report.worst, None if verbose else 3)
+        cells = [[escape(cell) for cell in row] for row in rows]
+        tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
     if report.stages:
         tables.append(stages_table(report.stages))
     console.result(report.to_json(), *tables)
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
-    console.say("wrote", f"{out}/model.safetensors, config.json, normswap.json, README.md")
+    from normswap.save import PAGE
+
+    page = (out / PAGE).is_file()
+    files = "model.safetensors, config.json, normswap.json, README.md"
+    console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
+    if not page and options["report"] is None:
+        console.say("report", f"no {PAGE}: pip install 'normswap[report]', then normswap report {out}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")

@@ -40,7 +40,8 @@ def evaluate(
     console.say("load", model)
     from normswap import evaluate_models, load_images
     from normswap.pipeline import is_converted, open_model
-    from normswap.report import plain, stages_table, versions
+    from normswap.provenance import versions
+    from normswap.report import plain, stages_table
 
     device = o.pick_device(options["device"])
     architecture = o.architecture(options)

@@ -8,6 +8,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .finetune import finetune, fuse
 from .plan import inspect
+from .report import report
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=GROUP_EPILOG)
@@ -19,5 +20,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, finetune, fuse, evaluate):
+for command in (demo, inspect, convert, finetune, fuse, evaluate, report):
     cli.add_command(command)

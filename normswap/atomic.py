@@ -74,6 +74,23 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
         shutil.rmtree(staging, ignore_errors=True)  # after an exchange this is the old folder
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file that is whole at every moment: beside, synced, renamed.
+
+    Raises:
+        OutputError: it cannot be written; what stood there still stands.
+    """
+    beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        _sync_path(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _refuse_files(target: Path, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ArgumentError(f"{target}: not empty; choose another output, or replace it with --overwrite")

@@ -1,6 +1,9 @@
 """The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
 
+from html import escape
+
 from .report import STREAM_COLUMNS, STREAM_TITLE, ConversionReport, StageMetrics, kept_layers, number, stream_rows
+from .summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
 
 _STOCK = """Plain timm loads it; normswap is not needed:
 
@@ -21,8 +24,14 @@ model = normswap.load("PATH")
 """
 
 
-def model_card(report: ConversionReport, license_name: str | None) -> str:
-    """Return the text of README.md."""
+def model_card(report: ConversionReport, license_name: str | None, page: bool = False) -> str:
+    """Return the text of README.md.
+
+    Args:
+        report: what was measured.
+        license_name: of the original, for the front matter.
+        page: whether report.html lies beside it.
+    """
     front = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- image-classification"]
     front += ["- timm", "- normswap"]
     if license_name:
@@ -30,6 +39,7 @@ def model_card(report: ConversionReport, license_name: str | None) -> str:
     front.append("---")
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
+    fit = fit_line(report.fits)
     load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
     lines = [
         *front,
@@ -40,6 +50,7 @@ def model_card(report: ConversionReport, license_name: str | None) -> str:
         f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
         "",
         f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
+        *([f"- {fit}"] if fit else []),
         *(f"- {line}" for line in kept_layers(report.layers)),
         f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
         f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
@@ -48,10 +59,12 @@ def model_card(report: ConversionReport, license_name: str | None) -> str:
         *_stage_rows(report.stages),
         "",
         *_where_it_was_lost(report),
+        *_worst_images(report),
         "## Loading",
         "",
         load,
-        "normswap.json holds the plan, the numbers and the versions in full.",
+        "normswap.json holds the plan, the numbers and the versions in full"
+        + ("; report.html shows them with pictures." if page else "."),
         "",
     ]
     return "\n".join(lines)
@@ -85,3 +98,17 @@ def _where_it_was_lost(report: ConversionReport) -> list[str]:
     title = f"{STREAM_TITLE[0].upper()}{STREAM_TITLE[1:]}, before and after the layer named was re-solved"
     header = f"| {' | '.join(STREAM_COLUMNS)} |"
     return ["## Where it was lost", "", f"{title}:", "", header, f"|---|{'---:|' * 4}---|", *rows, ""]
+
+
+def _worst_images(report: ConversionReport) -> list[str]:
+    if not report.worst:
+        return []
+    rows = [f"| {' | '.join(_cell(cell) for cell in cells)} |" for cells in worst_rows(report.worst, 3)]
+    header = f"| {' | '.join(WORST_COLUMNS)} |"
+    title = f"## {WORST_TITLE[0].upper()}{WORST_TITLE[1:]}"
+    return [title, "", header, f"|{'---|' * (len(WORST_COLUMNS) - 1)}---:|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table: a file name may hold anything."""
+    return "".join(f"&#{ord(c)};" if c in "|`*_[]\\" else c for c in escape(text, quote=False))

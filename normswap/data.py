@@ -1,6 +1,7 @@
 """Images in, by timm's own readers, transforms and data config; an image that cannot be read is named and counted."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .errors import ArgumentError, DataError
+from .stream import Stream
 
 # timm's synonyms, in the order in which they are looked for.
 _TRAIN = ("train", "training")
@@ -32,6 +34,7 @@ class ImageSet:
         num_classes: how many classes the labels have; None if the images carry none.
         input_size: (channels, height, width) of the images after the transform.
         mode: PIL's name of the channels, "RGB" or "L".
+        mean, std: of the transform's normalisation, per channel.
         batch_size, workers: of the loader.
         max_skipped: how many unreadable images are tolerated.
         skipped: names of the unreadable images met so far.
@@ -47,6 +50,8 @@ class ImageSet:
     workers: int = 0
     max_skipped: int = 10
     skipped: dict[str, str] = field(default_factory=dict)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,45 +109,27 @@ class ImageSet:
         subset = self.dataset.subset(chosen) if isinstance(self.dataset, Stream) else Subset(self.dataset, chosen)
         return replace(self, dataset=subset, description=description, skipped={})
 
+    def filename(self, position: int) -> str:
+        """Return the name of an image by its place among those that iterating gave; "image 17" where it has none."""
+        if not self.skipped:
+            return _filename(self.dataset, position)
+        names = (_filename(self.dataset, index) for index in range(len(self)))
+        return next(itertools.islice((name for name in names if name not in self.skipped), position, None))
 
-class Stream:
-    """Images that come one after the other, as from WebDataset shards: a subset is read in one pass over all.
-
-    Args:
-        dataset: timm's, with pairs of image and label.
-        places: which of them, in rising order; default: all.
-    """
-
-    def __init__(self, dataset: Any, places: Sequence[int] | None = None) -> None:
-        self.dataset = dataset
-        self.places = range(len(dataset)) if places is None else places
-        self.reader = dataset.reader
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def subset(self, chosen: Sequence[int]) -> "Stream":
-        """Return the images at these places among those it has."""
-        return Stream(self.dataset, [self.places[i] for i in chosen])
-
-    def read(self, transform: Any) -> "_Reading":
-        """Return what a loader reads from."""
-        return _Reading(self, transform)
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes by label, from the folders or the class map; empty without labels."""
+        base = self.dataset.dataset if isinstance(self.dataset, Subset | Stream) else self.dataset
+        return [] if self.num_classes is None else _classes(base)
 
 
-class _Reading(IterableDataset):
-    def __init__(self, stream: Stream, transform: Any) -> None:
-        self.stream, self.transform = stream, transform
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, None]]:
-        wanted = iter(self.stream.places)
-        place = next(wanted, None)
-        for at, (image, label) in enumerate(self.stream.dataset):
-            if place is None:
-                return
-            if at == place:
-                yield self.transform(image), -1 if label is None else int(label), None
-                place = next(wanted, None)
+def _filename(dataset: Any, index: int) -> str:
+    if isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    try:
+        return str(dataset.filename(index))
+    except (AttributeError, AssertionError, KeyError, TypeError, NotImplementedError):  # not every reader has names
+        return f"image {index}"
 
 
 class _Readable(Dataset):
@@ -168,8 +155,7 @@ class _Readable(Dataset):
                 image, label, *_ = base[at]
                 image = image.convert(self.mode)
         except _UNREADABLE as error:
-            name = base.filename(at) if hasattr(base, "filename") else f"image {at}"
-            return None, -1, (str(name), str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None, -1, (_filename(base, at), str(error).splitlines()[0] if str(error) else type(error).__name__)
         return self.transform(image), -1 if label is None else int(label), None
 
 
@@ -243,7 +229,17 @@ def load_images(
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
     description = f"{len(found)} images of {short}"
     return ImageSet(
-        found, transform, description, classes, tuple(data_config["input_size"]), mode, batch_size, workers, max_skipped
+        found,
+        transform,
+        description,
+        classes,
+        tuple(data_config["input_size"]),
+        mode,
+        batch_size,
+        workers,
+        max_skipped,
+        mean=tuple(data_config["mean"]),
+        std=tuple(data_config["std"]),
     )
 
 
@@ -336,9 +332,16 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
 
 def _num_classes(dataset: Any) -> int | None:
     """Return how many classes the labels have; None for a flat folder, whose only class says nothing."""
+    count = len(_classes(dataset))
+    return count if count > 1 else None
+
+
+def _classes(dataset: Any) -> list[str]:
+    """Return the names of the classes in the order of the labels."""
     reader = getattr(dataset, "reader", dataset)
     for name in ("class_to_idx", "class_name_to_idx", "classes"):
         classes = getattr(reader, name, None)
         if classes:
-            return len(classes) if len(classes) > 1 else None
-    return None
+            names = sorted(classes, key=lambda c: classes[c]) if isinstance(classes, dict) else classes
+            return [str(name) for name in names]
+    return []

@@ -27,10 +27,18 @@ class Estimator(ABC):
         self.norm = norm
         self.original = original
         self.moments = JointMoments(targets=2)
+        self.prefix: JointMoments | None = None
 
-    def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add tokens `[M, C]`: the converted model's input and what the original gives at this site."""
-        self.moments.update(x, self._layer_norm(x), y)
+    def update(self, x: torch.Tensor, y: torch.Tensor, prefix: torch.Tensor | None = None) -> None:
+        """Add tokens `[M, C]`: the converted model's input and what the original gives at this site.
+
+        ``prefix`` `[M]` says which of them are class or register tokens, where they can be told from patches.
+        """
+        target = self._layer_norm(x)
+        self.moments.update(x, target, y)
+        if prefix is not None:
+            self.prefix = self.prefix or JointMoments()
+            self.prefix.update(x[prefix], target[prefix])
 
     @abstractmethod
     def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,22 +55,43 @@ class Estimator(ABC):
         self.norm.set_statistics(self.moments.x.mean, self.moments.x.var)
         self.norm.set_affine(scale, shift)
         scale, shift = (v.to(scale) for v in self.norm.affine64())
-        r2, r2_original = (self._r2(target, scale, shift) for target in (0, 1))
-        return SiteFit(site, self.moments.x.count, r2, r2_original)
-
-    def _r2(self, target: int, scale: torch.Tensor, shift: torch.Tensor) -> float:
-        """Return the share of a target's variance that ``scale * x + shift`` explains."""
-        x, y, cov = self.moments.x, self.moments.y[target], self.moments.cov[target]
-        # E[(y - s x - h)^2] per channel, from the centred moments
-        spread = y.var - 2 * scale * cov + scale.square() * x.var
-        residual = spread + (y.mean - scale * x.mean - shift).square()
-        total = y.var.sum()
-        return float(1 - residual.sum() / total) if total > 0 else float(residual.sum() == 0)
+        left = [_squares(self.moments, target, scale, shift) for target in (0, 1)]
+        r2, r2_original = (_r2(*sums) for sums in left)
+        patch, prefix = r2, None
+        if self.prefix is not None:
+            self.prefix.reduce()
+        if self.prefix is not None and self.prefix.x.count:
+            part = _squares(self.prefix, 0, scale, shift, self.moments.y[0].mean)
+            prefix = _r2(*part)
+            patch = _r2(*(max(whole - of_prefix, 0.0) for whole, of_prefix in zip(left[0], part, strict=True)))
+        return SiteFit(site, self.moments.x.count, r2, r2_original, patch, prefix)
 
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         weight, bias = (None if p is None else p.detach().to(x) for p in (self.original.weight, self.original.bias))
         return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, self.original.eps)
+
+
+def _squares(
+    moments: JointMoments, target: int, scale: torch.Tensor, shift: torch.Tensor, about: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """Return sums of squares over tokens and channels: of what ``scale * x + shift`` leaves, and of the target.
+
+    Args:
+        about: `[C]`, what the target's deviations are measured from; default: its own mean. With the mean over all
+            tokens the sums of prefix and patch tokens add up to those of all, and a token that is the same in every
+            image, as the class token is in the first block, still has something to explain.
+    """
+    x, y, cov = moments.x, moments.y[target], moments.cov[target]
+    # E[(y - s x - h)^2] per channel, from the centred moments
+    spread = y.var - 2 * scale * cov + scale.square() * x.var
+    residual = spread + (y.mean - scale * x.mean - shift).square()
+    total = y.var if about is None else y.var + (y.mean - about).square()
+    return float(residual.sum()) * x.count, float(total.sum()) * x.count
+
+
+def _r2(residual: float, total: float) -> float:
+    return 1 - residual / total if total > 0 else float(residual == 0)
 
 
 class MomentsEstimator(Estimator):

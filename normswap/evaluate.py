@@ -12,6 +12,7 @@ from .calibrate import Progress, no_progress
 from .errors import ArgumentError
 from .graph import eval_mode
 from .report import StageMetrics
+from .worst import WorstImages
 
 
 class _Tally:
@@ -25,15 +26,18 @@ class _Tally:
 
     def update(
         self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor | None, classifier: bool
-    ) -> None:
-        """Add one batch of outputs `[B, K]` in float64, the reference model's and the labels `[B]`."""
+    ) -> torch.Tensor | None:
+        """Add one batch of outputs `[B, K]` in float64, the reference model's and the labels `[B]`.
+
+        Return the KL of each image `[B]`, None for headless models.
+        """
         n = len(logits)
         self.n += n
         self.is_classifier = classifier
         self.non_finite += int((~torch.isfinite(logits)).any(1).sum())
         self.cosine += float(torch.nn.functional.cosine_similarity(logits, reference).sum())
         if not classifier:
-            return
+            return None
         self.agreement += float((logits.argmax(1) == reference.argmax(1)).sum())
         divergence = torch.nn.functional.kl_div(
             logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True
@@ -47,6 +51,7 @@ class _Tally:
             self.top1 += float(top1) * n / 100
             self.top5 += float(top5) * n / 100
             self.labelled += n
+        return divergence
 
     def metrics(self, name: str) -> StageMetrics:
         def percent(count: float, of: int) -> float | None:
@@ -72,6 +77,7 @@ def evaluate_models(
     amp_dtype: torch.dtype | None = None,
     progress: Progress = no_progress,
     total: int = 0,
+    worst: WorstImages | None = None,
 ) -> list[StageMetrics]:
     """Measure several models on the same images; the first one is the reference for agreement and KL.
 
@@ -81,6 +87,7 @@ def evaluate_models(
         amp_dtype: autocast to it; default: the models' own dtype.
         progress: called with ("evaluate", images done, ``total``).
         total: how many images there will be, for the progress.
+        worst: is shown every image with the first and the last model's outputs, to keep those furthest apart.
 
     Raises:
         ArgumentError: no images, or models that answer in different shapes.
@@ -103,7 +110,9 @@ def evaluate_models(
                 reference = logits if reference is None else reference
                 if logits.shape != reference.shape:
                     raise ArgumentError(f"{name} answers {list(logits.shape)}, the reference {list(reference.shape)}")
-                tallies[name].update(logits, reference, labels, classifier)
+                divergence = tallies[name].update(logits, reference, labels, classifier)
+            if worst is not None and divergence is not None and reference is not None:
+                worst.update(images, divergence, reference, logits, labels)
             done += len(images)
             progress("evaluate", done, total)
     if not done:

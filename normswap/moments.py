@@ -35,6 +35,10 @@ class Moments:
         at least, so a large mean cancels in the data before anything is summed; batches merge in float64.
         """
         x = _wide(samples)
+        if not len(x):  # a process may see no rows of a kind; the others' have to be added to something of their shape
+            if not self.count:
+                self.mean = self._sum_sq = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+            return x
         if self.count == 0:
             self._pivot = x.mean(0, dtype=torch.float64).to(x.dtype)
             self.mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -90,7 +94,9 @@ class JointMoments:
         for i, (moments, target) in enumerate(zip(self.y, targets, strict=True)):
             mean_y = moments.mean
             product = (centred_x * moments.update(target)).sum(0).double()
-            if count:
+            if count and not len(x):
+                product = self._sum_xy[i]
+            elif count:
                 # How far the merged mean moved is (distance of the batch mean) * M / total, so this is Chan's
                 # distance_x * distance_y * count * M / total.
                 moved_x, moved_y = self.x.mean - mean_x, moments.mean - mean_y

@@ -19,13 +19,14 @@ from .errors import ArgumentError, CheckFailedError
 from .evaluate import evaluate_models
 from .finetune import finetune, hold_out
 from .fold import created_biases, fold_norms, max_difference
-from .graph import eval_mode, meta_copy
+from .graph import eval_mode, meta_copy, pretrained_cfg
 from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swap import swap_norms
 from .swapped import save_swapped
+from .worst import DEFAULT_COUNT, WorstImages
 
 DEFAULT_METHOD = "reconstruct"
 DEFAULT_ATOL = 1e-3
@@ -49,6 +50,7 @@ class Conversion:
     _probe: torch.Tensor = field(repr=False)
     swapped: nn.Module = field(repr=False)
     _original: nn.Module = field(repr=False)  # on the meta device
+    _thumbnails: list[str] = field(repr=False, default_factory=list)
 
     def save(
         self,
@@ -57,9 +59,22 @@ class Conversion:
         protect: Iterable[Path] = (),
         command: list[str] | None = None,
         data_config: dict[str, Any] | None = None,
+        page: bool | None = None,
     ) -> None:
         """Write the output folder, all or nothing; see `normswap.save.save_folder` for the arguments and errors."""
-        save_folder(out, self.model, self.report, self._edits, self._probe, overwrite, protect, command, data_config)
+        save_folder(
+            out,
+            self.model,
+            self.report,
+            self._edits,
+            self._probe,
+            overwrite,
+            protect,
+            command,
+            data_config,
+            self._thumbnails,
+            page,
+        )
 
     def save_swapped(
         self,
@@ -94,6 +109,7 @@ def convert(
     finetune_state: str | Path | None = None,
     resume: bool = False,
     control: bool = False,
+    worst_images: int = DEFAULT_COUNT,
     name: str | None = None,
     progress: Progress = no_progress,
 ) -> Conversion:
@@ -119,6 +135,7 @@ def convert(
         finetune_held_out: images that decide instead, see `normswap.finetune`.
         finetune_state, resume: the file that keeps the state of the fine-tuning, and whether to go on from it.
         control: also fine-tune a copy of the unconverted model alike, as stage "control": what training alone gains.
+        worst_images: how many of the evaluation images that changed most go into the report, as small pictures.
         name: what to call the model in the report.
         progress: called with (what, done, total).
 
@@ -212,7 +229,14 @@ def convert(
     with clock("evaluate"):
         source = items if eval_images is None else eval_images
         total = len(eval_images) if isinstance(eval_images, ImageSet) else count
-        report.stages = evaluate_models(stages, source, amp_dtype, progress, total)
+        worst = WorstImages(worst_images)
+        report.stages = evaluate_models(stages, source, amp_dtype, progress, total, worst)
+    measured_on = images if eval_images is None else eval_images
+    seen = measured_on if isinstance(measured_on, ImageSet) else None
+    config = pretrained_cfg(model)
+    report.worst = worst.found(_class_names(config, seen), seen.filename if seen else None)
+    normalised = (seen.mean, seen.std) if seen else (config.get("mean") or (0.0,), config.get("std") or (1.0,))
+    thumbnails = worst.thumbnails(*normalised)
     report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
@@ -224,7 +248,8 @@ def convert(
     if max_drop is not None and drop is not None and drop > max_drop:
         raise _failed(report, f"top-1 fell by {drop:.2f} points, more than --max-drop {max_drop:g}: not saved")
     fused.train(model.training)
-    return Conversion(fused, report, plan, describe_edits(original, fused), batches[0], trained, meta_copy(original))
+    edits = describe_edits(original, fused)
+    return Conversion(fused, report, plan, edits, batches[0], trained, meta_copy(original), thumbnails)
 
 
 def open_model(model: str, **kwargs: Any) -> nn.Module:
@@ -252,6 +277,14 @@ def is_converted(model: str) -> bool:
 
 def _describe(images: Iterable[Any], count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
+
+
+def _class_names(config: dict[str, Any], images: ImageSet | None) -> list[str]:
+    """Return the names of the classes: those in timm's config, else those of the folders; empty if there are none."""
+    names, told = config.get("label_names"), config.get("label_descriptions")
+    if not isinstance(names, list | tuple):
+        return images.classes if images else []
+    return [str(told.get(name, name)) if isinstance(told, dict) else str(name) for name in names]
 
 
 def fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float) -> str:

@@ -61,10 +61,11 @@ class Reconstruction:
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
             tokens, targets = _tokens(x, norm), _tokens(batch.collected[site], norm)
+            prefix = _prefix_rows(x, norm, self.prefix_tokens)
             if self.method == "reconstruct":  # the layers behind make up for what a part of the rows leaves open
-                tokens, targets = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets)
-            for part, target in zip(tokens.split(CACHED_ROWS), targets.split(CACHED_ROWS), strict=True):
-                estimator.update(part, target)
+                tokens, targets, prefix = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets, prefix)
+            for part in zip(*(rows.split(CACHED_ROWS) for rows in (tokens, targets, prefix)), strict=True):
+                estimator.update(*part)
         self.result.sites.append(estimator.solve(path))
 
     def solve_readers(self, readers: Readers, writers: list[Writer]) -> None:
@@ -311,6 +312,14 @@ class _StreamSums:
         patch_before, prefix_before = self.means()
         patch, prefix = after.means()
         return StreamError(layer, patch_before, patch, prefix_before, prefix)
+
+
+def _prefix_rows(x: torch.Tensor, norm: TokenBatchNorm, prefix_tokens: int) -> torch.Tensor:
+    """Return which of the rows `[M]` that `_tokens` makes are prefix tokens; none, unless x is tokens `[B, N, C]`."""
+    rows = torch.zeros(x.numel() // norm.num_features, dtype=torch.bool, device=x.device)
+    if x.ndim == 3 and norm.channel_dim in (-1, 2) and x.shape[1] > prefix_tokens:
+        rows.view(x.shape[:2])[:, :prefix_tokens] = True  # [M] -> [B, N]
+    return rows
 
 
 def _bias(layer: nn.Linear | nn.Conv2d) -> torch.Tensor:

@@ -5,15 +5,16 @@ Accuracy and agreement are in percent, as timm prints them; times in seconds; di
 
 import io
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from .provenance import versions
+from .worst import WorstImage
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ class SiteFit:
         samples: how many tokens were seen.
         r2: share of the variance of the LayerNorm's output on the same input that the BatchNorm explains, at most 1.
         r2_original: the same for what the original model has there: what is left after the drift of all sites before.
+        r2_patch, r2_prefix: r2 of patch and of prefix tokens, both about the mean over all; None where there are none.
     """
 
     site: str
     samples: int
     r2: float
     r2_original: float
+    r2_patch: float | None = None
+    r2_prefix: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +198,10 @@ class ConversionReport:
     fold_max_abs_err: float | None = None
     created_biases: list[str] = field(default_factory=list)
     stock_timm: str | None = None
+    worst: list[WorstImage] = field(default_factory=list)
     skipped_images: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def top1_drop(self) -> float | None:
@@ -238,17 +243,6 @@ def _accuracy(stage: StageMetrics | None) -> dict[str, Any]:
     if stage is None:
         return {"top1": None, "top5": None, "n": 0}
     return {"top1": stage.top1, "top5": stage.top5, "n": stage.n}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("normswap", "torch", "torchvision", "timm", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            found[package] = "unknown"
-    return found
 
 
 def number(value: float | int | None, digits: int = 2) -> str:
@@ -336,8 +330,9 @@ def stream_table(stream: Sequence[StreamError], every: bool = False) -> Table:
 
 def sites_table(fits: Sequence[SiteFit]) -> Table:
     """Return one row per norm: how much of LayerNorm's output an affine map of each channel explains."""
-    numbers = ["tokens", "R2 same input", "R2 original"]
-    rows = [[f.site, str(f.samples), number(f.r2, 4), number(f.r2_original, 4)] for f in fits]
+    numbers = ["tokens", "R2 same input", "of patches", "of prefix", "R2 original"]
+    values = [(f, (f.r2, f.r2_patch, f.r2_prefix, f.r2_original)) for f in fits]
+    rows = [[f.site, str(f.samples), *(number(r2, 4) for r2 in shares)] for f, shares in values]
     return table(["norm", *numbers], rows, "norms", numbers)
 
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from .checkpoint import check_keys
 from .errors import ArgumentError, CheckFailedError, CheckpointError
 from .graph import eval_mode, find_module, pretrained_cfg
 from .norm import TokenAffine
+from .page import can_render, check_extra, render_page
+from .provenance import machine
 from .report import ConversionReport
 
 RECORD, WEIGHTS, CONFIG, CARD = "normswap.json", "model.safetensors", "config.json", "README.md"
+PAGE = "report.html"
 FORMAT = 1
 
 
@@ -37,6 +40,8 @@ def save_folder(
     protect: Iterable[Path] = (),
     command: list[str] | None = None,
     data_config: dict[str, Any] | None = None,
+    thumbnails: Sequence[str] = (),
+    page: bool | None = None,
 ) -> None:
     """Write a fused model as a folder that timm's ``local-dir:`` reads, and prove that it does before it appears.
 
@@ -50,13 +55,19 @@ def save_folder(
         protect: paths that must not lie inside ``out``.
         command: the command line, for the record.
         data_config: the preprocessing, where it is not the model's own.
+        thumbnails: pictures of ``report.worst`` as ``data:`` URIs; they go into the record.
+        page: whether to write report.html; default: if the ``report`` extra is installed.
 
     Raises:
         ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
         CheckFailedError: the written folder does not give the same outputs.
+        MissingExtraError: ``page`` is True and the extra is not installed.
     """
     out = Path(out)
     check_saveable(model)
+    if page:
+        check_extra()
+    page = can_render() if page is None else page
     extra, report.stock_timm = stock_arguments(model)
     report.out = str(out)
     with new_folder(out, overwrite, protect) as folder:
@@ -66,9 +77,18 @@ def save_folder(
         loaded = None
         if report.stock_timm is None:
             loaded, report.stock_timm = _load_with_timm(folder)
-        record = {"format": FORMAT, "edits": edits, "command": command, "report": report.to_json()}
+        record = {
+            "format": FORMAT,
+            "edits": edits,
+            "command": command,
+            "made": machine(next(model.parameters()).device),
+            "report": report.to_json(),
+            "thumbnails": list(thumbnails),
+        }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license")))
+        (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license"), page))
+        if page:
+            (folder / PAGE).write_text(render_page(record), encoding="utf-8")
         _prove(out, model, loaded or load(folder), probe)
 
 
@@ -124,6 +144,25 @@ def build(path: Path) -> nn.Module:
     if version != FORMAT:
         raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
     return model.eval()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what normswap.json in an output folder holds.
+
+    Raises:
+        ArgumentError: it is no such folder.
+        CheckpointError: the file cannot be read, or is of another format.
+    """
+    if not is_output_folder(path):
+        raise ArgumentError(f"{path}: no {RECORD} in it, so normswap did not write this folder")
+    try:
+        record = json.loads((path / RECORD).read_text())
+        version = record["format"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path / RECORD}: cannot be read ({type(error).__name__}: {error})") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
+    return record
 
 
 def is_output_folder(path: Path) -> bool:

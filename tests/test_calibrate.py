@@ -111,3 +111,31 @@ def test_kept_sites_are_passed_through():
     swapped = swap_norms(model, plan)
     fits = calibrate(swapped, [images(model, 8)], original=model).sites
     assert [fit.site for fit in fits] == ["blocks.0.norm1", "blocks.1.norm1", "blocks.1.norm2", "norm"]
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2_registers"])
+def test_fit_is_told_for_prefix_and_patch_tokens_apart(name):
+    """Against what hooks see; the class token is the same in every image at first, and still has a fit."""
+    model = family(name, torch.float64)
+    x = images(model, 12)
+    swapped = swap_norms(model)
+    fits = {fit.site: fit for fit in calibrate(swapped, [x], original=model, method="channel").sites}
+    for path, fit in fits.items():
+        tokens = _input_of(swapped, path, x)
+        wanted, given = model.get_submodule(path)(tokens), swapped.get_submodule(path)(tokens)
+        left = (wanted - given).square().detach()
+        total = (wanted - wanted.mean((0, 1))).square().detach()
+        prefix = model.num_prefix_tokens
+        for r2, part in ((fit.r2, slice(None)), (fit.r2_prefix, slice(prefix)), (fit.r2_patch, slice(prefix, None))):
+            assert r2 == pytest.approx(float(1 - left[:, part].sum() / total[:, part].sum()), abs=1e-6), path
+        assert fit.r2_prefix != fit.r2_patch
+
+
+def test_without_prefix_tokens_all_are_patches():
+    model = family("avg_pool")
+    swapped = swap_norms(model)
+    fits = calibrate(swapped, [images(model, 12)], original=model, method="channel").sites
+    pooled = fits[-1]
+    assert pooled.site == "fc_norm"
+    assert (pooled.r2_prefix, pooled.r2_patch) == (None, pooled.r2)
+    assert fits[0].r2_prefix is not None  # the class token is there, and is left out of the average

@@ -69,3 +69,20 @@ def test_non_finite_samples_show():
     joint = JointMoments()
     joint.update(torch.ones(2, 1), torch.tensor([[1.0], [float("inf")]]))
     assert not joint.finite
+
+
+def test_a_batch_without_rows_changes_nothing():
+    """A process may have no token of a kind; what it has must still be of the shape that the others add up."""
+    x, y = torch.randn(20, 3), torch.randn(20, 3)
+    whole, parts = JointMoments(), JointMoments()
+    whole.update(x, y)
+    for rows in (slice(0, 0), slice(0, 12), slice(12, 12), slice(12, 20)):
+        parts.update(x[rows], y[rows])
+        assert parts.x.mean.shape == parts.cov[0].shape == (3,)
+    assert parts.x.count == 20
+    torch.testing.assert_close(parts.x.var, whole.x.var)
+    torch.testing.assert_close(parts.cov[0], whole.cov[0])
+    empty = JointMoments()
+    empty.update(x[:0], y[:0])
+    empty.reduce()
+    assert (empty.x.count, empty.x.var.tolist(), empty.finite) == (0, [0.0] * 3, True)

@@ -45,7 +45,8 @@ def test_files(tmp_path):
     result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))])
     out = tmp_path / "deep" / "out"
     result.save(out, command=["normswap", "convert"])
-    assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "normswap.json"]
+    files = ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == files
     config = json.loads((out / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224"
     assert config["model_args"]["qkv_bias"] is True

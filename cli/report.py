@@ -1,0 +1,50 @@
+"""``normswap report``: report.html anew, from the numbers in an output folder."""
+
+from pathlib import Path
+
+import click
+
+from .console import Console, NormswapCommand
+from .options import output_options
+
+BENCHMARK = "benchmark.json"
+
+
+@click.command(cls=NormswapCommand)
+@click.argument("folder", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--benchmark",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"what `normswap benchmark --json` printed  [OUT/{BENCHMARK}, if it is there]",
+)
+@output_options()
+def report(folder: Path, benchmark: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Write OUT/report.html anew, one page without network: accuracy, fit by depth, worst images, speed, plan.
+
+    OUT is a folder that `normswap convert` wrote. Everything comes from its normswap.json; nothing is measured again.
+
+    \b
+    normswap report out
+    normswap report out --benchmark speed.json
+    """
+    console = Console(as_json, quiet)
+    from normswap.atomic import write_file
+    from normswap.page import check_extra, read_benchmark, render_page
+    from normswap.save import PAGE, RECORD, read_record
+
+    check_extra()
+    record = read_record(folder)
+    if benchmark is None and (folder / BENCHMARK).is_file():
+        benchmark = folder / BENCHMARK
+    measured = None if benchmark is None else read_benchmark(benchmark)
+    text = render_page(record, measured, str(folder / RECORD))
+    page = folder / PAGE
+    write_file(page, text)
+    result = {
+        "report": str(page),
+        "bytes": len(text.encode()),
+        "benchmark": None if measured is None else str(benchmark),
+    }
+    console.result(result, *(() if as_json else (str(page),)))
+    console.say("speed", "not measured" if measured is None else f"from {benchmark}")
+    console.say("next", f"open {page} in a browser")
