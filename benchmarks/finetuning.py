@@ -20,7 +20,7 @@ import torch
 
 import normswap
 from normswap.data import ImageSet, load_splits
-from normswap.report import versions
+from normswap.provenance import versions
 from normswap.training import held_out_of
 
 

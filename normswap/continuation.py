@@ -13,11 +13,13 @@ from .errors import CheckFailedError
 from .evaluate import evaluate_models
 from .finetune import finetune
 from .fold import created_biases, fold_norms, max_difference
-from .pipeline import DEFAULT_ATOL, Conversion, fold_problem
+from .pipeline import DEFAULT_ATOL, Conversion, fold_problem, pictured
+from .provenance import versions
 from .recipe import FinetuneOptions
-from .report import versions
+from .report import StageMetrics
 from .save import describe_edits
 from .swapped import Swapped
+from .worst import DEFAULT_COUNT, WorstImages
 
 # Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
 _RANDOM_IMAGES = 8
@@ -59,6 +61,7 @@ def finetune_swapped(
     )
     last = _evaluate({"original": original, "finetuned": swapped.model}, evaluation, amp_dtype, progress)
     report = swapped.report
+    report.worst = []  # of the model before
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
     report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
     report.evaluation_data = evaluation.description if isinstance(evaluation, ImageSet) else f"{last[-1].n} images"
@@ -71,6 +74,7 @@ def fuse(
     original: nn.Module | None = None,
     atol: float = DEFAULT_ATOL,
     amp_dtype: torch.dtype | None = None,
+    worst_images: int = DEFAULT_COUNT,
     progress: Progress = no_progress,
 ) -> Conversion:
     """Fold a swapped checkpoint; what comes back saves itself as `normswap.convert`'s result does.
@@ -82,6 +86,7 @@ def fuse(
         original: the model it came from, with weights, to measure the fused one against.
         atol: largest absolute difference of an output that the fold may cause.
         amp_dtype: autocast to it in the evaluation.
+        worst_images: how many of the images that changed most go into the report.
         progress: called with (what, done, total).
 
     Raises:
@@ -97,11 +102,14 @@ def fuse(
         images = images if isinstance(images, ImageSet) else list(images)
         batches = [batch.to(weight) for batch in rebatched(images, BATCH_SIZE)]
     fused = fold_norms(model, input_size=size)
+    thumbnails: list[str] = []
     report.fold_max_abs_err = max_difference(model, fused, batches)
     report.created_biases, report.versions = created_biases(swapped.original, fused), versions()
     if images is not None:
         before = {} if original is None else {"original": original}
-        report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress)
+        worst = WorstImages(0 if original is None else worst_images)
+        report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress, worst)
+        report.worst, thumbnails = pictured(worst, images, fused)
         count = report.stages[-1].n
         report.evaluation_data = images.description if isinstance(images, ImageSet) else f"{count} images"
     if not report.fold_max_abs_err <= atol:
@@ -110,9 +118,15 @@ def fuse(
         error.report = report
         raise error
     edits = describe_edits(swapped.original, fused)
-    return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original)
+    return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original, thumbnails)
 
 
-def _evaluate(models: dict[str, nn.Module], images: Iterable[Any], amp: torch.dtype | None, progress: Progress) -> list:
+def _evaluate(
+    models: dict[str, nn.Module],
+    images: Iterable[Any],
+    amp_dtype: torch.dtype | None,
+    progress: Progress,
+    worst: WorstImages | None = None,
+) -> list[StageMetrics]:
     total = len(images) if isinstance(images, ImageSet) else 0
-    return evaluate_models(models, images, amp, progress, total)
+    return evaluate_models(models, images, amp_dtype, progress, total, worst)

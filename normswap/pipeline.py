@@ -26,7 +26,7 @@ from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swap import swap_norms
 from .swapped import save_swapped
-from .worst import DEFAULT_COUNT, WorstImages
+from .worst import DEFAULT_COUNT, WorstImage, WorstImages
 
 DEFAULT_METHOD = "reconstruct"
 DEFAULT_ATOL = 1e-3
@@ -154,9 +154,10 @@ def convert(
         raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
     weight = next(model.parameters())
     items = list(images)
-    held_out = None if finetune_held_out is None else list(finetune_held_out)
+    held_out, parted = None if finetune_held_out is None else list(finetune_held_out), False
     if finetune_options is not None and finetune_images is None and held_out is None:
         items, held_out = hold_out(items, finetune_options.seed)
+        parted = True
     batches = [batch.to(weight) for batch in rebatched(items, BATCH_SIZE)]
     if not batches:
         raise ArgumentError("no images to calibrate on")
@@ -231,12 +232,8 @@ def convert(
         total = len(eval_images) if isinstance(eval_images, ImageSet) else count
         worst = WorstImages(worst_images)
         report.stages = evaluate_models(stages, source, amp_dtype, progress, total, worst)
-    measured_on = images if eval_images is None else eval_images
-    seen = measured_on if isinstance(measured_on, ImageSet) else None
-    config = pretrained_cfg(model)
-    report.worst = worst.found(_class_names(config, seen), seen.filename if seen else None)
-    normalised = (seen.mean, seen.std) if seen else (config.get("mean") or (0.0,), config.get("std") or (1.0,))
-    thumbnails = worst.thumbnails(*normalised)
+    measured_on = eval_images if eval_images is not None else items if parted else images
+    report.worst, thumbnails = pictured(worst, measured_on, model)
     report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
@@ -277,6 +274,15 @@ def is_converted(model: str) -> bool:
 
 def _describe(images: Iterable[Any], count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
+
+
+def pictured(worst: WorstImages, images: Iterable[Any], model: nn.Module) -> tuple[list[WorstImage], list[str]]:
+    """Return the images that changed most and their thumbnails, named as the set they came from names them."""
+    seen = images if isinstance(images, ImageSet) else None
+    config = pretrained_cfg(model)
+    found = worst.found(_class_names(config, seen), seen.filename if seen else None)
+    normalised = (seen.mean, seen.std) if seen else (config.get("mean") or (0.0,), config.get("std") or (1.0,))
+    return found, worst.thumbnails(*normalised)
 
 
 def _class_names(config: dict[str, Any], images: ImageSet | None) -> list[str]:

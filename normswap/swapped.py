@@ -25,6 +25,7 @@ from .report import ConversionReport, Finetuning, LayerFit, SiteFit, StageMetric
 from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_weights
 from .swap import swap_norms
 from .verdict import KEEP
+from .worst import Answer, WorstImage
 
 SWAPPED_WEIGHTS, SWAPPED_RECORD = "swapped.safetensors", "swapped.json"
 _FORMAT = 1
@@ -146,6 +147,12 @@ def _report(record: dict[str, Any]) -> ConversionReport:
     kinds: dict[str, Any] = {"fits": SiteFit, "layers": LayerFit, "stream": StreamError, "stages": StageMetrics}
     for key, kind in kinds.items():
         setattr(found, key, [kind(**row) for row in record[key]])
+    found.worst = [_worst(row) for row in record["worst"]]
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
     return found
+
+
+def _worst(row: dict[str, Any]) -> WorstImage:
+    answers = {side: [Answer(**answer) for answer in row[side]] for side in ("original", "converted")}
+    return WorstImage(**row | answers)
