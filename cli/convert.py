@@ -226,13 +226,16 @@ def _show(console: Console, report: Any, verbose: int) -> None:
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
+    from normswap.page import can_render
     from normswap.save import PAGE
 
     page = (out / PAGE).is_file()
     files = "model.safetensors, config.json, normswap.json, README.md"
     console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
-    if not page and options["report"] is None:
-        console.say("report", f"no {PAGE}: pip install 'normswap[report]', then normswap report {out}")
+    if not page and options["report"] is not False:
+        why = f"it could not be made, as normswap report {out} will tell"
+        missing = f"pip install 'normswap[report]', then normswap report {out}"
+        console.say("report", f"no {PAGE}: {why if can_render() else missing}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def save_folder(
         command: the command line, for the record.
         data_config: the preprocessing, where it is not the model's own.
         thumbnails: pictures of ``report.worst`` as ``data:`` URIs; they go into the record.
-        page: whether to write report.html; default: if the ``report`` extra is installed.
+        page: whether to write report.html; default: if the ``report`` extra is installed. If it fails, there is a
+            warning, and the folder is written without it.
 
     Raises:
         ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
@@ -86,9 +88,8 @@ def save_folder(
             "thumbnails": list(thumbnails),
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        page = page and _write_page(folder / PAGE, record)
         (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license"), page))
-        if page:
-            (folder / PAGE).write_text(render_page(record), encoding="utf-8")
         _prove(out, model, loaded or load(folder), probe)
 
 
@@ -261,6 +262,19 @@ def write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_confi
         save_config_for_hf(shadow, str(path), model_config=labels, data_config=data_config)
     except ValueError as error:
         raise OSError(f"{path.name}: {error}") from error
+
+
+def _write_page(path: Path, record: dict[str, Any]) -> bool:
+    """Write report.html and return whether that was possible: hours of calibration are not lost for a picture."""
+    try:
+        path.write_text(render_page(json.loads(json.dumps(record))), encoding="utf-8")
+    except OSError:
+        raise  # a full disk would not hold the model either
+    except Exception as error:
+        warnings.warn(f"{path.name} was not written: {type(error).__name__}: {error}", stacklevel=4)
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _load_with_timm(folder: Path) -> tuple[nn.Module | None, str | None]:

@@ -184,6 +184,18 @@ def test_the_folder_holds_the_page_that_its_record_gives(result, tmp_path):
     assert normswap.load(tmp_path / "bare") is not None
 
 
+def test_a_page_that_cannot_be_made_does_not_cost_the_model(result, tmp_path, monkeypatch):
+    def broken(record):
+        raise CheckpointError("no page")
+
+    monkeypatch.setattr("normswap.save.render_page", broken)
+    with pytest.warns(UserWarning, match=r"report.html was not written: CheckpointError: no page"):
+        result.save(tmp_path / "out")
+    assert normswap.load(tmp_path / "out") is not None
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert "report.html" not in (tmp_path / "out" / "README.md").read_text()
+
+
 # In a real browser
 
 
