@@ -4,11 +4,13 @@ Letters used everywhere: B batch, N tokens, C channels, H hidden width of the FF
 Accuracy and agreement are in percent, times in seconds, divergences in nats.
 """
 
+from .benchmark import Benchmark, benchmark_models
 from .calibrate import calibrate
 from .checkpoint import load_model
 from .data import load_images
 from .errors import (
     ArgumentError,
+    BenchmarkError,
     CalibrationError,
     CheckFailedError,
     CheckpointError,
@@ -34,6 +36,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Benchmark",
+    "BenchmarkError",
     "CalibrationError",
     "CheckFailedError",
     "CheckpointError",
@@ -48,6 +52,7 @@ __all__ = [
     "NormswapError",
     "OutputError",
     "Plan",
+    "benchmark_models",
     "calibrate",
     "convert",
     "evaluate_models",

@@ -41,6 +41,10 @@ ROAD = (
     "evaluate",
     "card",
     "save",
+    "timing",
+    "variants",
+    "engines",
+    "benchmark",
     "pipeline",
     "demo",
 )

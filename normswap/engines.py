@@ -1,0 +1,168 @@
+"""What runs a model: PyTorch eagerly, torch.compile, ONNX Runtime. Each makes one step that can be timed."""
+
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BenchmarkError, MissingExtraError
+from .timing import Step
+
+EAGER, COMPILE, ONNXRUNTIME = "eager", "compile", "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """One model on one engine.
+
+    Attributes:
+        step: runs the model once on the images and returns its output `[B, K]`, a tensor or an array.
+        peak_memory: measures the bytes of weights and activations that one step needs; None where nothing tells.
+    """
+
+    step: Step
+    peak_memory: Callable[[], int | None]
+
+
+def has_onnxruntime() -> bool:
+    """Return whether the packages of the extra [onnx] are installed."""
+    return all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
+
+
+def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None = None) -> Runnable:
+    """Return a model ready to run on images `[B, C, H, W]`, both on their device and in their dtype and layout.
+
+    Args:
+        engine: "eager", "compile" or "onnxruntime".
+        model: in eval mode.
+        images: what each step computes on.
+        amp_dtype: autocast to it; not for ONNX Runtime.
+
+    Raises:
+        BenchmarkError: this engine cannot run this model here.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    if engine == ONNXRUNTIME:
+        if amp_dtype is not None or images.dtype != torch.float32:
+            raise BenchmarkError("ONNX Runtime is measured in float32 only")
+        return Runnable(_onnxruntime(model, images), lambda: None)
+    # Fixed sizes, so that no second batch size makes the first one's code general.
+    run = torch.compile(model, dynamic=False) if engine == COMPILE else model
+
+    def step() -> Any:
+        with torch.autocast(images.device.type, amp_dtype) if amp_dtype else nullcontext():
+            return run(images)
+
+    return Runnable(step, lambda: _weights(model) + _activations(step, images.device))
+
+
+@contextmanager
+def fresh_engine(engine: str) -> Iterator[None]:
+    """Forget what was compiled before: torch compiles a class anew only a few times and then falls back to eager."""
+    if engine == COMPILE:
+        torch.compiler.reset()
+    try:
+        yield
+    finally:
+        if engine == COMPILE:
+            torch.compiler.reset()
+
+
+def _weights(model: nn.Module) -> int:
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}  # tied ones once
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _activations(step: Step, device: torch.device) -> int:
+    """Return the most bytes of tensors that a step holds at once, beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    level = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = "9"  # or the profiler writes to stderr that there is no GPU
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+        with tempfile.TemporaryDirectory() as folder:
+            profile.export_chrome_trace(str(Path(folder) / "trace.json"))
+            trace = json.loads((Path(folder) / "trace.json").read_text())
+    finally:
+        if level is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+        else:
+            os.environ["KINETO_LOG_LEVEL"] = level
+    held = most = 0
+    changes = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]  # negative where a tensor is freed
+        most = max(most, held)
+    return most
+
+
+def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Step:
+    """Return a step on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
+    if not has_onnxruntime():
+        raise MissingExtraError("ONNX Runtime is not installed: pip install 'normswap[onnx]'")
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)  # errors
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    device = images.device
+    provider: Any = "CPUExecutionProvider"
+    if device.type == "cuda":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise BenchmarkError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+        # On torch's stream, where the clock's events are.
+        stream = str(torch.cuda.current_stream(device).cuda_stream)
+        provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0), "user_compute_stream": stream})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        try:
+            _export(model, images, path)
+            session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        except Exception as error:  # the exporter and the runtime have dozens of kinds
+            text = " ".join(str(error).split())[:200]
+            raise BenchmarkError(f"ONNX Runtime cannot run it: {type(error).__name__}: {text}") from error
+    source, target = session.get_inputs()[0].name, session.get_outputs()[0].name
+    if device.type == "cpu":
+        pixels = images.numpy()
+        return lambda: session.run(None, {source: pixels})[0]
+    with torch.no_grad():
+        output = torch.empty_like(model(images))
+    binding = session.io_binding()  # inputs and outputs stay on the GPU
+    for bind, name, tensor in ((binding.bind_input, source, images), (binding.bind_output, target, output)):
+        bind(name, "cuda", device.index or 0, "float32", list(tensor.shape), tensor.data_ptr())
+
+    def step() -> torch.Tensor:
+        session.run_with_iobinding(binding)
+        return output
+
+    return step
+
+
+def _export(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(model, (images.contiguous(),), dynamo=True, verbose=False)
+            program.save(path, external_data=True)  # any size
+    finally:
+        logging.disable(disabled)
