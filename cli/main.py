@@ -2,6 +2,7 @@
 
 import click
 
+from .benchmark import benchmark
 from .console import GROUP_EPILOG
 from .convert import convert
 from .demo import demo
@@ -18,5 +19,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, evaluate):
+for command in (demo, inspect, convert, evaluate, benchmark):
     cli.add_command(command)

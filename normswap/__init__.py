@@ -4,7 +4,7 @@ Letters used everywhere: B batch, N tokens, C channels, H hidden width of the FF
 Accuracy and agreement are in percent, times in seconds, divergences in nats.
 """
 
-from .benchmark import Benchmark, benchmark_models
+from .benchmark import benchmark_models
 from .calibrate import calibrate
 from .checkpoint import load_model
 from .data import load_images
@@ -30,6 +30,7 @@ from .plan import Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
+from .speed import Benchmark
 from .swap import swap_norms
 
 __version__ = "0.1.0"

@@ -1,33 +1,23 @@
-"""Speed: the original, the fused model and the norm-free bound, in turn, with the spread of what was measured."""
+"""The original, the fused model and the norm-free bound, timed in turn on each engine."""
 
 import copy
-import csv
-import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from .calibrate import Progress, no_progress
 from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, fresh_engine, prepare
-from .errors import ArgumentError, BenchmarkError, MissingExtraError, OutputError
+from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
-from .report import number, table, versions
+from .speed import VARIANTS, Benchmark, Timing
 from .timing import (
     Clock,
-    Spread,
     cpu_clock,
     cuda_clock,
     freed_memory_kept,
-    is_drowned,
-    speedups,
-    spread,
     steps_per_turn,
     take_turns,
     wall_clock,
@@ -36,164 +26,8 @@ from .timing import (
 from .variants import differences, norm_free, stand_in
 
 ENGINES = (EAGER, COMPILE, ONNXRUNTIME)
-ORIGINAL, FUSED, BOUND = VARIANTS = ("original", "fused", "norm-free")
 DEFAULT_ROUNDS = 25
 _FEWEST_ROUNDS = 3
-_MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One model on one engine with one batch size.
-
-    Attributes:
-        variant: "original", "fused" or "norm-free".
-        engine: "eager", "compile" or "onnxruntime".
-        batch_size: images per step.
-        steps: per turn.
-        seconds: of a step, one number per round.
-        param_count: how many parameters it has.
-        peak_memory: bytes of weights and activations at most; None where nothing tells.
-    """
-
-    variant: str
-    engine: str
-    batch_size: int
-    steps: int
-    seconds: list[float]
-    param_count: int
-    peak_memory: int | None
-
-
-@dataclass
-class Benchmark:
-    """What `benchmark_models` found out.
-
-    Attributes:
-        model: its name.
-        img_size: height and width in pixels.
-        settings: device, precision, layout, threads, clock, rounds.
-        timings: of every variant, engine and batch size.
-        differences: what the fused model still computes and the norm-free bound does not.
-        notes: what could not be measured and why, and what is odd.
-        versions: of what it ran on.
-    """
-
-    model: str
-    img_size: int
-    settings: dict[str, Any]
-    timings: list[Timing] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=versions)
-
-    def timing(self, engine: str, batch_size: int, variant: str) -> Timing:
-        """Return one of the timings."""
-        return next(t for t in self.timings if (t.engine, t.batch_size, t.variant) == (engine, batch_size, variant))
-
-    def cases(self) -> list[tuple[str, int]]:
-        """Return every (engine, batch size) that was measured, in order."""
-        return list(dict.fromkeys((t.engine, t.batch_size) for t in self.timings))
-
-    def ratio(self, engine: str, batch_size: int, variant: str = FUSED, reference: str = ORIGINAL) -> Spread:
-        """Return how many times as fast as the reference a variant is: each round gives one ratio."""
-        return spread(
-            speedups(*(self.timing(engine, batch_size, name).seconds for name in (reference, variant))),
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one flat record per timing; columns that timm's benchmark.py has are named as there.
-
-        Times in milliseconds, memory in MiB, parameters in millions. ``ratio`` is images/s over the original's,
-        ``ratio_to_bound`` over the norm-free bound's; ``_q25`` and ``_q75`` are quartiles over the rounds.
-        """
-        return [self._row(t) for t in self.timings]
-
-    def _row(self, timing: Timing) -> dict[str, Any]:
-        step = spread(timing.seconds)
-        row = {
-            "model": self.model,
-            "variant": timing.variant,
-            "engine": timing.engine,
-            "infer_samples_per_sec": round(timing.batch_size / step.median, 2),
-            "infer_step_time": round(1000 * step.median, 3),
-            "infer_batch_size": timing.batch_size,
-            "infer_img_size": self.img_size,
-            "param_count": round(timing.param_count / 1e6, 2),
-            "infer_step_time_q25": round(1000 * step.q25, 3),
-            "infer_step_time_q75": round(1000 * step.q75, 3),
-        }
-        for name, reference in (("ratio", ORIGINAL), ("ratio_to_bound", BOUND)):
-            wanted = timing.variant not in (ORIGINAL, reference)
-            of = self.ratio(timing.engine, timing.batch_size, timing.variant, reference) if wanted else None
-            for part, value in (("", "median"), ("_q25", "q25"), ("_q75", "q75"), ("_min", "low"), ("_max", "high")):
-                row[name + part] = None if of is None else round(getattr(of, value), 4)
-        memory = timing.peak_memory
-        row["infer_peak_memory"] = None if memory is None else round(memory / _MIB, 1)
-        return {**row, "infer_steps": timing.steps, **self.settings}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types: what ``--json`` prints; every round's step times are in milliseconds."""
-        rounds = [[round(1000 * s, 4) for s in t.seconds] for t in self.timings]
-        results = [{**row, "infer_step_times": ms} for row, ms in zip(self.rows(), rounds, strict=True)]
-        names = ("model", "img_size", "settings", "differences", "notes", "versions")
-        whole = asdict(self)
-        return {**{name: whole[name] for name in names}, "results": results}
-
-    def write_csv(self, path: str | Path) -> None:
-        """Write `rows` as a CSV file, whole or not at all.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        path, rows = Path(path), self.rows()
-        beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(beside, path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
-
-    def table(self) -> Table:
-        """Return the timings as a table."""
-        numbers = ["batch", "ms/step", "images/s", "ratio", "quartiles", "to bound", "quartiles ", "peak MiB"]
-        rows = []
-        for row in self.rows():
-            shown = [number(row["infer_step_time"]), number(row["infer_samples_per_sec"])]
-            for name in ("ratio", "ratio_to_bound"):
-                low, high = number(row[f"{name}_q25"], 3), number(row[f"{name}_q75"], 3)
-                shown += [number(row[name], 3), "-" if row[name] is None else f"{low} to {high}"]
-            cells = [row["engine"], str(row["infer_batch_size"]), row["variant"], *shown]
-            rows.append([*cells, number(row["infer_peak_memory"], 1)])
-        return table(["engine", "batch", "variant", *numbers[1:]], rows, right=numbers)
-
-    def lines(self) -> list[str]:
-        """Return what the ratios mean, what they say for each case, and how far the spread allows to say so."""
-        lines = [
-            f"ratio is images/s over the original's in the same round: median and quartiles of "
-            f"{self.settings['rounds']} rounds; 1.05 is 5 % more images per second"
-        ]
-        lines += [f"{engine}, batch {batch_size}: {self._finding(engine, batch_size)}" for engine, batch_size in self.cases()]
-        lines += [f"not in the norm-free bound: {difference}" for difference in self.differences]
-        return lines + self.notes
-
-    def _finding(self, engine: str, batch_size: int) -> str:
-        gain, bound = self.ratio(engine, batch_size), self.ratio(engine, batch_size, FUSED, BOUND)
-        text = f"fused {_percent(gain.median)} % ({_percent(gain.q25)} to {_percent(gain.q75)})"
-        if gain.q75 < 1:
-            text += ", slower than the original"
-        if is_drowned(gain):
-            points = 100 * gain.width
-            text += f"; WARNING: the spread of {points:.1f} points is wider than that: more --rounds, a quieter machine"
-        if bound.q75 < 1:
-            return f"{text}; behind the norm-free bound by {-100 * (bound.median - 1):.1f} %"
-        return f"{text}; within the spread of the norm-free bound"
 
 
 def benchmark_models(
@@ -214,6 +48,8 @@ def benchmark_models(
     progress: Progress = no_progress,
 ) -> Benchmark:
     """Time the original, the fused model and the same architecture without norms, one after the other in each round.
+
+    A second copy of the original comes last in each round; its ratio to the first shows the noise.
 
     A step is one call of a model on one batch of random images. Its time is by CUDA events on a GPU. On a CPU as many
     threads as `torch.get_num_threads` says take part, and glibc is told to keep freed memory meanwhile.
@@ -252,7 +88,7 @@ def benchmark_models(
     bound = norm_free(original, fused)
     models = {
         variant: copy.deepcopy(model).to(target, precision, memory_format=layout).eval()  # type: ignore[call-overload]
-        for variant, model in zip(VARIANTS, (original, fused, bound), strict=True)
+        for variant, model in zip(VARIANTS, (original, fused, bound, original), strict=True)
     }
     result = Benchmark(
         model=name or type(original).__name__,
@@ -353,9 +189,7 @@ def _case(
         ]
 
 
-def _check(
-    batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, device: torch.device, clock: str
-) -> None:
+def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, device: torch.device, clock: str) -> None:
     sizes, names = list(batch_sizes), list(engines)
     if not sizes or min(sizes) < 1:
         raise ArgumentError(f"batch sizes are whole numbers from 1, not {sizes}")
@@ -386,7 +220,3 @@ def _steady(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def _percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}" if math.isfinite(ratio) else "?"

@@ -60,9 +60,9 @@ def speedups(reference: Sequence[float], times: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(reference, times, strict=True)]
 
 
-def is_drowned(ratio: Spread) -> bool:
-    """Return whether the quartiles of a ratio lie further apart than its median lies from 1."""
-    return ratio.width > abs(ratio.median - 1)
+def is_drowned(ratio: Spread, noise: float = 0.0) -> bool:
+    """Return whether a ratio's median lies no further from 1 than its quartiles from each other, or than ``noise``."""
+    return max(ratio.width, noise) >= abs(ratio.median - 1)
 
 
 def wall_clock(step: Step, count: int) -> list[float]:

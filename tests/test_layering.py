@@ -42,6 +42,7 @@ ROAD = (
     "card",
     "save",
     "timing",
+    "speed",
     "variants",
     "engines",
     "benchmark",
