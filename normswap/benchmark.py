@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .calibrate import Progress, no_progress
-from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, fresh_engine, prepare
+from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, fresh_engine, prepare
 from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
 from .speed import VARIANTS, Benchmark, Timing
@@ -83,6 +83,15 @@ def benchmark_models(
     size = resolve_input_size(original, input_size)
     precision = dtype or weight.dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    notes, usable = [], []
+    for engine in engines:
+        try:
+            check_engine(engine, target, precision, amp_dtype)
+            usable.append(engine)
+        except (BenchmarkError, MissingExtraError) as error:
+            if engine not in optional:
+                raise
+            notes.append(f"{engine}: not measured: {error}")
     progress("benchmark: build", 0, 1)
     fused = stand_in(original) if fused is None else fused
     bound = norm_free(original, fused)
@@ -104,12 +113,13 @@ def benchmark_models(
             "rounds": rounds,
         },
         differences=differences(fused, bound),
+        notes=notes,
     )
     tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
-    turns = len(engines) * len(batch_sizes) * rounds * len(models)
+    turns = len(usable) * len(batch_sizes) * rounds * len(models)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), _steady(target):
-        for i, engine in enumerate(engines):
+        for i, engine in enumerate(usable):
             for j, batch_size in enumerate(batch_sizes):
                 images = torch.randn(batch_size, *size, generator=generator)
                 images = images.to(target, precision, memory_format=layout)

@@ -39,6 +39,26 @@ def has_onnxruntime() -> bool:
     return all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 
 
+def check_engine(engine: str, device: torch.device, dtype: torch.dtype, amp_dtype: torch.dtype | None = None) -> None:
+    """Raise what `prepare` would, as far as it is known without a model: before minutes are spent on other engines.
+
+    Raises:
+        BenchmarkError: this engine does not do that.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    if engine != ONNXRUNTIME:
+        return
+    if not has_onnxruntime():
+        raise MissingExtraError("ONNX Runtime is not installed: pip install 'normswap[onnx]'")
+    if amp_dtype is not None or dtype != torch.float32:
+        raise BenchmarkError("ONNX Runtime is measured in float32 only")
+    if device.type == "cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise BenchmarkError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
+
+
 def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None = None) -> Runnable:
     """Return a model ready to run on images `[B, C, H, W]`, both on their device and in their dtype and layout.
 
@@ -52,9 +72,8 @@ def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torc
         BenchmarkError: this engine cannot run this model here.
         MissingExtraError: ONNX Runtime is not installed.
     """
+    check_engine(engine, images.device, images.dtype, amp_dtype)
     if engine == ONNXRUNTIME:
-        if amp_dtype is not None or images.dtype != torch.float32:
-            raise BenchmarkError("ONNX Runtime is measured in float32 only")
         return Runnable(_onnxruntime(model, images), lambda: None)
     # Fixed sizes, so that no second batch size makes the first one's code general.
     run = torch.compile(model, dynamic=False) if engine == COMPILE else model
@@ -115,8 +134,6 @@ def _activations(step: Step, device: torch.device) -> int:
 
 def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Step:
     """Return a step on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
-    if not has_onnxruntime():
-        raise MissingExtraError("ONNX Runtime is not installed: pip install 'normswap[onnx]'")
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)  # errors
@@ -126,8 +143,6 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Step:
     device = images.device
     provider: Any = "CPUExecutionProvider"
     if device.type == "cuda":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise BenchmarkError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
         # On torch's stream, where the clock's events are.
         stream = str(torch.cuda.current_stream(device).cuda_stream)
         provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0), "user_compute_stream": stream})

@@ -63,12 +63,13 @@ def differences(fused: nn.Module, bound: nn.Module) -> list[str]:
     """Return in words what the fused model computes and the norm-free bound does not."""
     affine = [path for path, module in fused.named_modules() if isinstance(module, TokenAffine)]
     kept = [path for path, module in fused.named_modules() if isinstance(module, nn.LayerNorm)]
+    biases = [n for n in created_biases(bound, fused) if n.rpartition(".")[0] not in kept]
     return [
         f"{len(paths)} {what}: {', '.join(paths[:_NAMED])}{', ...' if len(paths) > _NAMED else ''}"
         for paths, what in (
             (affine, "LayerNorms left a scale and shift"),
             (kept, "LayerNorms are kept"),
-            (created_biases(bound, fused), "biases were added by the fold"),
+            (biases, "biases were added by the fold"),
         )
         if paths
     ]
