@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .calibrate import Progress, no_progress
-from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, fresh_engine, prepare
+from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, prepare, workplace
 from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
 from .speed import VARIANTS, Benchmark, Timing
@@ -49,7 +49,8 @@ def benchmark_models(
 ) -> Benchmark:
     """Time the original, the fused model and the same architecture without norms, one after the other in each round.
 
-    A second copy of the original comes last in each round; its ratio to the first shows the noise.
+    A second copy of the original comes last in each round; its ratio to the first shows the noise. Where the weights
+    lie in memory is changed three times on the way.
 
     A step is one call of a model on one batch of random images. Its time is by CUDA events on a GPU. On a CPU as many
     threads as `torch.get_num_threads` says take part, and glibc is told to keep freed memory meanwhile.
@@ -162,13 +163,13 @@ def _case(
     notes: list[str],
 ) -> list[Timing]:
     """Time all variants on one engine with one batch `[B, C, H, W]`."""
-    with fresh_engine(engine):
+    with workplace(engine) as folder:
         runs: dict[str, Runnable] = {}
         shapes, seconds = {}, []
         for variant, model in models.items():
             shown(f"{variant}, warming up", 0)
             try:
-                runs[variant] = prepare(engine, model, images, amp_dtype)
+                runs[variant] = prepare(engine, model, images, folder, amp_dtype)
                 seconds.append(warm_up(runs[variant].step, clock))
                 output = torch.as_tensor(runs[variant].step())
             except (BenchmarkError, MissingExtraError):
@@ -184,7 +185,7 @@ def _case(
             answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
             raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")
         steps = steps_per_turn(seconds[0])
-        times = take_turns({variant: run.step for variant, run in runs.items()}, clock, rounds, steps, shown)
+        times = _rounds(runs, clock, rounds, steps, shown)
         return [
             Timing(
                 variant,
@@ -197,6 +198,34 @@ def _case(
             )
             for variant, run in runs.items()
         ]
+
+
+def _rounds(
+    runs: dict[str, Runnable], clock: Clock, rounds: int, steps: int, shown: Callable[[str, int], None]
+) -> dict[str, list[float]]:
+    """Take turns, and now and then put all weights elsewhere in memory, each time beginning with another model.
+
+    So the luck of one place is no gain of one model: it becomes part of the spread.
+    """
+    times: dict[str, list[float]] = {variant: [] for variant in runs}
+    names, done = list(runs), 0
+    steps_of = {variant: run.step for variant, run in runs.items()}
+    for place in range(len(names)):
+        count = rounds // len(names) + (place < rounds % len(names))
+        if place and count:
+            for variant in names[place:] + names[:place]:
+                runs[variant].move()
+            for run in runs.values():
+                run.step()  # touches everything once
+
+        def told(variant: str, turn: int, before: int = done * len(names)) -> None:
+            shown(variant, before + turn)
+
+        part = take_turns(steps_of, clock, count, steps, told)
+        for variant in names:
+            times[variant] += part[variant]
+        done += count
+    return times
 
 
 def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, device: torch.device, clock: str) -> None:

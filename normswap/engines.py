@@ -27,10 +27,12 @@ class Runnable:
 
     Attributes:
         step: runs the model once on the images and returns its output `[B, K]`, a tensor or an array.
+        move: puts its weights elsewhere in memory; what runs best where is chance, and can make a few percent.
         peak_memory: measures the bytes of weights and activations that one step needs; None where nothing tells.
     """
 
     step: Step
+    move: Callable[[], None]
     peak_memory: Callable[[], int | None]
 
 
@@ -59,13 +61,16 @@ def check_engine(engine: str, device: torch.device, dtype: torch.dtype, amp_dtyp
             raise BenchmarkError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
 
 
-def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None = None) -> Runnable:
+def prepare(
+    engine: str, model: nn.Module, images: torch.Tensor, folder: Path, amp_dtype: torch.dtype | None = None
+) -> Runnable:
     """Return a model ready to run on images `[B, C, H, W]`, both on their device and in their dtype and layout.
 
     Args:
         engine: "eager", "compile" or "onnxruntime".
         model: in eval mode.
         images: what each step computes on.
+        folder: where files may lie as long as it runs, from `workplace`.
         amp_dtype: autocast to it; not for ONNX Runtime.
 
     Raises:
@@ -74,7 +79,7 @@ def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torc
     """
     check_engine(engine, images.device, images.dtype, amp_dtype)
     if engine == ONNXRUNTIME:
-        return Runnable(_onnxruntime(model, images), lambda: None)
+        return _onnxruntime(model, images, Path(tempfile.mkdtemp(dir=folder)))
     # Fixed sizes, so that no second batch size makes the first one's code general.
     run = torch.compile(model, dynamic=False) if engine == COMPILE else model
 
@@ -82,16 +87,24 @@ def prepare(engine: str, model: nn.Module, images: torch.Tensor, amp_dtype: torc
         with torch.autocast(images.device.type, amp_dtype) if amp_dtype else nullcontext():
             return run(images)
 
-    return Runnable(step, lambda: _weights(model) + _activations(step, images.device))
+    def move() -> None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.clone()
+
+    return Runnable(step, move, lambda: _weights(model) + _activations(step, images.device))
 
 
 @contextmanager
-def fresh_engine(engine: str) -> Iterator[None]:
-    """Forget what was compiled before: torch compiles a class anew only a few times and then falls back to eager."""
+def workplace(engine: str) -> Iterator[Path]:
+    """Yield a folder for what `prepare` writes, which is deleted at the end.
+
+    What was compiled before is forgotten: torch compiles a class anew only a few times and then falls back to eager.
+    """
     if engine == COMPILE:
         torch.compiler.reset()
     try:
-        yield
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
     finally:
         if engine == COMPILE:
             torch.compiler.reset()
@@ -132,8 +145,8 @@ def _activations(step: Step, device: torch.device) -> int:
     return most
 
 
-def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Step:
-    """Return a step on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
+def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path) -> Runnable:
+    """Return the model on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)  # errors
@@ -146,29 +159,39 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Step:
         # On torch's stream, where the clock's events are.
         stream = str(torch.cuda.current_stream(device).cuda_stream)
         provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0), "user_compute_stream": stream})
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        try:
-            _export(model, images, path)
-            session = onnxruntime.InferenceSession(path, options, providers=[provider])
-        except Exception as error:  # the exporter and the runtime have dozens of kinds
-            text = " ".join(str(error).split())[:200]
-            raise BenchmarkError(f"ONNX Runtime cannot run it: {type(error).__name__}: {text}") from error
+    path = folder / "model.onnx"
+    try:
+        _export(model, images, path)
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # the exporter and the runtime have dozens of kinds
+        text = " ".join(str(error).split())[:200]
+        raise BenchmarkError(f"ONNX Runtime cannot run it: {type(error).__name__}: {text}") from error
     source, target = session.get_inputs()[0].name, session.get_outputs()[0].name
-    if device.type == "cpu":
-        pixels = images.numpy()
-        return lambda: session.run(None, {source: pixels})[0]
     with torch.no_grad():
-        output = torch.empty_like(model(images))
-    binding = session.io_binding()  # inputs and outputs stay on the GPU
-    for bind, name, tensor in ((binding.bind_input, source, images), (binding.bind_output, target, output)):
-        bind(name, "cuda", device.index or 0, "float32", list(tensor.shape), tensor.data_ptr())
+        output = torch.empty_like(model(images))  # of the GPU's step
+    binding: Any = None
 
-    def step() -> torch.Tensor:
+    def bind() -> None:
+        nonlocal binding
+        binding = session.io_binding()  # images and answers stay on the GPU
+        for put, name, tensor in ((binding.bind_input, source, images), (binding.bind_output, target, output)):
+            put(name, "cuda", device.index or 0, "float32", list(tensor.shape), tensor.data_ptr())
+
+    def move() -> None:
+        nonlocal session
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        if device.type == "cuda":
+            bind()
+
+    def on_gpu() -> torch.Tensor:
         session.run_with_iobinding(binding)
         return output
 
-    return step
+    if device.type == "cuda":
+        bind()
+        return Runnable(on_gpu, move, lambda: None)
+    pixels = images.numpy()
+    return Runnable(lambda: session.run(None, {source: pixels})[0], move, lambda: None)
 
 
 def _export(model: nn.Module, images: torch.Tensor, path: Path) -> None:

@@ -13,7 +13,7 @@ from .errors import OutputError
 from .report import number, table, versions
 from .timing import Spread, is_drowned, speedups, spread
 
-# The last is a second copy of the original: where its weights happen to lie in memory makes some difference too.
+# The last is a second copy of the original: what it differs by is noise.
 ORIGINAL, FUSED, BOUND, AGAIN = VARIANTS = ("original", "fused", "norm-free", "original again")
 _MIB = 2**20
 

@@ -10,9 +10,9 @@ from torch import nn
 
 import normswap
 from normswap import timing
-from normswap.benchmark import ENGINES, benchmark_models
+from normswap.benchmark import ENGINES, _rounds, benchmark_models
 from normswap.demo import MODEL
-from normswap.engines import _activations, prepare
+from normswap.engines import Runnable, _activations, prepare
 from normswap.norm import TokenAffine
 from normswap.speed import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 from normswap.variants import differences, norm_free, stand_in
@@ -96,6 +96,21 @@ def test_the_stand_in_has_the_operators_of_a_converted_model():
     assert {n: p.shape for n, p in fused.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
 
 
+@pytest.mark.parametrize("rounds", [3, 4, 10])
+def test_every_model_moves_as_often_and_none_is_always_first(rounds):
+    moved, ran = [], []
+    runs = {
+        name: Runnable(lambda name=name: ran.append(name), lambda name=name: moved.append(name), lambda: None)
+        for name in "ABCD"
+    }
+    told = []
+    times = _rounds(runs, timing.wall_clock, rounds, 1, lambda name, turn: told.append((name, turn)))
+    assert {len(t) for t in times.values()} == {rounds}
+    assert "".join(moved) == "BCDACDABDABC"[: 4 * (min(rounds, 4) - 1)]
+    assert told == [("ABCD"[i % 4], i) for i in range(4 * rounds)]
+    assert len(ran) == 4 * rounds + len(moved)
+
+
 def test_rows_have_timms_names_and_agree_with_the_rounds(result):
     rows = result.rows()
     assert [(r["infer_batch_size"], r["variant"]) for r in rows] == [(b, v) for b in (1, 4) for v in VARIANTS]
@@ -126,6 +141,18 @@ def test_peak_memory_is_weights_and_activations(result):
     assert memory(1, FUSED) < memory(4, FUSED)
 
 
+def test_moved_weights_lie_elsewhere_and_are_the_same(tmp_path):
+    model = family("vit").to(memory_format=torch.channels_last)
+    run = prepare("eager", model, images(model), tmp_path)
+    with torch.no_grad():
+        before, places = run.step(), [(p.data_ptr(), p.stride()) for p in model.parameters()]
+        run.move()
+        after = [(p.data_ptr(), p.stride()) for p in model.parameters()]
+        assert torch.equal(run.step(), before)
+    assert all(old != new for (old, _), (new, _) in zip(places, after, strict=True))
+    assert [stride for _, stride in places] == [stride for _, stride in after]
+
+
 @pytest.mark.parametrize("held", [1, 3])
 def test_the_peak_is_what_is_held_at_once(held):
     def step() -> None:
@@ -136,13 +163,15 @@ def test_the_peak_is_what_is_held_at_once(held):
     assert _activations(step, torch.device("cpu")) == held * 4 * 2**20
 
 
-def test_onnxruntime_gives_the_models_answers():
+def test_onnxruntime_gives_the_models_answers(tmp_path):
     pytest.importorskip("onnxruntime")
     model = family("vit")
     pixels = images(model, 3)
     with torch.no_grad():
-        run = prepare("onnxruntime", model, pixels)
-        assert torch.allclose(torch.as_tensor(run.step()), model(pixels), atol=FOLD_FLOAT32)
+        run = prepare("onnxruntime", model, pixels, tmp_path)
+        for _ in range(2):
+            assert torch.allclose(torch.as_tensor(run.step()), model(pixels), atol=FOLD_FLOAT32)
+            run.move()
     assert run.peak_memory() is None
 
 
