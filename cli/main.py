@@ -2,6 +2,7 @@
 
 import click
 
+from .benchmark import benchmark
 from .console import GROUP_EPILOG
 from .convert import convert
 from .demo import demo
@@ -20,5 +21,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, finetune, fuse, evaluate, report):
+for command in (demo, inspect, convert, finetune, fuse, evaluate, benchmark, report):
     cli.add_command(command)

@@ -4,12 +4,14 @@ Letters used everywhere: B batch, N tokens, C channels, H hidden width of the FF
 Accuracy and agreement are in percent, times in seconds, divergences in nats.
 """
 
+from .benchmark import benchmark_models
 from .calibrate import calibrate
 from .checkpoint import load_model
 from .continuation import finetune_swapped, fuse
 from .data import load_images
 from .errors import (
     ArgumentError,
+    BenchmarkError,
     CalibrationError,
     CheckFailedError,
     CheckpointError,
@@ -29,6 +31,7 @@ from .plan import Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
+from .speed import Benchmark
 from .swap import swap_norms
 from .swapped import Swapped, load_swapped, save_swapped
 
@@ -36,6 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Benchmark",
+    "BenchmarkError",
     "CalibrationError",
     "CheckFailedError",
     "CheckpointError",
@@ -51,6 +56,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "Swapped",
+    "benchmark_models",
     "calibrate",
     "convert",
     "evaluate_models",

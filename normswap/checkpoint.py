@@ -27,6 +27,7 @@ def load_model(
     img_size: int | None = None,
     in_chans: int | None = None,
     weights: bool = True,
+    random_weights: bool = False,
     **model_kwargs: Any,
 ) -> nn.Module:
     """Return a timm model with its pretrained weights, in eval mode on the CPU.
@@ -40,6 +41,7 @@ def load_model(
         img_size: height and width in pixels; default: the checkpoint's.
         in_chans: image channels; default: the checkpoint's.
         weights: False for the architecture alone, on the meta device (for `make_plan`).
+        random_weights: those that timm starts training from, where no others are asked for (for timing).
         model_kwargs: passed on to `timm.create_model`.
 
     Raises:
@@ -59,6 +61,8 @@ def load_model(
         if pretrained:
             raise ArgumentError("--pretrained and --checkpoint exclude each other")
         return _load_checkpoint(_create(model, kwargs, pretrained=False), Path(checkpoint), use_ema).eval()
+    if source is None and not pretrained and random_weights:
+        return _create(model, kwargs, pretrained=False).eval()
     if source is None and not pretrained:
         raise ArgumentError(f"{model}: which weights? Add --pretrained for timm's or --checkpoint FILE for yours")
     trained = config.get("num_classes")

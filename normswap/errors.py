@@ -41,6 +41,10 @@ class OutputError(NormswapError, OSError):
     """The output folder cannot be written; what stood there before still stands."""
 
 
+class BenchmarkError(NormswapError, RuntimeError):
+    """A model that an engine cannot run here, so there is nothing to time; says which and why."""
+
+
 class MissingExtraError(NormswapError, ImportError):
     """A package that only some commands need is not installed; names the extra that brings it."""
 

@@ -108,7 +108,8 @@ class TokenAffine(nn.Module):
         return f"{self.num_features}, channel_dim={self.channel_dim}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * _along(self.weight, x, self.channel_dim) + _along(self.bias, x, self.channel_dim)
+        weight, bias = (_along(v, x, self.channel_dim) for v in (self.weight, self.bias))
+        return torch.addcmul(bias, x, weight)  # one pass over the tokens, as one LayerNorm kernel is
 
 
 class NormedLinear(nn.Linear):

@@ -24,7 +24,7 @@ from .report import (
     scarce_rows,
     stream_rows,
 )
-from .speed import Speed
+from .speedbars import Speed
 from .summary import printable
 
 T = TypeVar("T")

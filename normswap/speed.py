@@ -1,124 +1,197 @@
-"""What ``normswap benchmark --json`` printed, as the report shows it."""
+"""How fast each model was: the record of a benchmark, as a table, CSV or JSON, and what it lets one say."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import csv
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .charts import Bar, Svg, bars, finite
-from .errors import CheckpointError
+from rich.table import Table
 
-_RATE, _TIME, _BATCH = "infer_samples_per_sec", "infer_step_time", "infer_batch_size"
-_ORIGINAL, _FUSED = "original", "fused"
-_STYLES = {_ORIGINAL: "total", _FUSED: "gain"}
+from .errors import OutputError
+from .provenance import versions
+from .report import number, table
+from .timing import Spread, is_drowned, speedups, spread
 
-
-@dataclass(frozen=True)
-class Case:
-    """One engine with one batch size.
-
-    Attributes:
-        name: of the case.
-        finding: what the ratio of fused to original allows to say; empty if there is none.
-        chart: images/s of each variant, with the quartiles over the rounds.
-        rows: variant, images/s, its quartiles, milliseconds per step, ratio to the original and its quartiles; as text.
-    """
-
-    name: str
-    finding: str
-    chart: Svg
-    rows: list[list[str]]
+# The last is a second copy of the original: what it differs by is noise.
+ORIGINAL, FUSED, BOUND, AGAIN = VARIANTS = ("original", "fused", "norm-free", "original again")
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Measured speed.
+class Timing:
+    """One model on one engine with one batch size.
 
     Attributes:
-        cases: one per engine and batch size.
-        about: what was measured on what, (name, text) each.
-        notes: what the benchmark itself has to say.
+        variant: "original", "fused", "norm-free" or "original again".
+        engine: "eager", "compile" or "onnxruntime".
+        batch_size: images per step.
+        steps: per turn.
+        seconds: of a step, one number per round.
+        param_count: how many parameters it has.
+        peak_memory: bytes of weights and activations at most; None where nothing tells.
     """
 
-    cases: list[Case]
-    about: list[tuple[str, str]]
-    notes: list[str]
+    variant: str
+    engine: str
+    batch_size: int
+    steps: int
+    seconds: list[float]
+    param_count: int
+    peak_memory: int | None
 
-    @classmethod
-    def of(cls, record: Any) -> "Speed":
-        """Return what a benchmark's record says.
 
-        Raises:
-            CheckpointError: it is no such record.
-        """
-        found = record.get("results") if isinstance(record, Mapping) else None
-        if not isinstance(found, list) or not found or not all(isinstance(r, Mapping) and _RATE in r for r in found):
-            raise CheckpointError(f"no benchmark: it has no 'results' with '{_RATE}' (normswap benchmark --json)")
-        cases: dict[str, list[Mapping[str, Any]]] = {}
-        for row in found:
-            engine, batch = row.get("engine"), row.get(_BATCH)
-            name = ", ".join(t for t in (engine and str(engine), batch and f"batch {batch}") if t)
-            cases.setdefault(name, []).append(row)
-        notes = record.get("notes")
-        return cls(
-            [_case(name, rows) for name, rows in cases.items()],
-            _about(record),
-            [str(note) for note in notes] if isinstance(notes, list) else [],
+@dataclass
+class Benchmark:
+    """What `benchmark_models` found out.
+
+    Attributes:
+        model: its name.
+        img_size: height and width in pixels.
+        settings: device, precision, layout, threads, clock, rounds.
+        timings: of every variant, engine and batch size.
+        differences: what the fused model still computes and the norm-free bound does not.
+        notes: what could not be measured and why, and what is odd.
+        versions: of what it ran on.
+    """
+
+    model: str
+    img_size: int
+    settings: dict[str, Any]
+    timings: list[Timing] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def timing(self, engine: str, batch_size: int, variant: str) -> Timing:
+        """Return one of the timings."""
+        return next(t for t in self.timings if (t.engine, t.batch_size, t.variant) == (engine, batch_size, variant))
+
+    def cases(self) -> list[tuple[str, int]]:
+        """Return every (engine, batch size) that was measured, in order."""
+        return list(dict.fromkeys((t.engine, t.batch_size) for t in self.timings))
+
+    def ratio(self, engine: str, batch_size: int, variant: str = FUSED, reference: str = ORIGINAL) -> Spread:
+        """Return how many times as fast as the reference a variant is: each round gives one ratio."""
+        return spread(
+            speedups(*(self.timing(engine, batch_size, name).seconds for name in (reference, variant))),
         )
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one flat record per timing; columns that timm's benchmark.py has are named as there.
 
-def _case(name: str, rows: Sequence[Mapping[str, Any]]) -> Case:
-    drawn = [Bar(_variant(r), finite(r[_RATE]), *_rates(r), style=_STYLES.get(_variant(r), "other")) for r in rows]
-    texts = [
-        [
-            _variant(r),
-            _text(finite(r[_RATE]), 1),
-            _range(*_rates(r), digits=1),
-            _text(finite(r.get(_TIME)), 2),
-            _text(finite(r.get("ratio")), 3),
-            _range(finite(r.get("ratio_q25")), finite(r.get("ratio_q75")), digits=3),
+        Times in milliseconds, memory in MiB, parameters in millions. ``ratio`` is images/s over the original's,
+        ``ratio_to_bound`` over the norm-free bound's; ``_q25`` and ``_q75`` are quartiles over the rounds.
+        """
+        return [self._row(t) for t in self.timings]
+
+    def _row(self, timing: Timing) -> dict[str, Any]:
+        step = spread(timing.seconds)
+        row = {
+            "model": self.model,
+            "variant": timing.variant,
+            "engine": timing.engine,
+            "infer_samples_per_sec": round(timing.batch_size / step.median, 2),
+            "infer_step_time": round(1000 * step.median, 3),
+            "infer_batch_size": timing.batch_size,
+            "infer_img_size": self.img_size,
+            "param_count": round(timing.param_count / 1e6, 2),
+            "infer_step_time_q25": round(1000 * step.q25, 3),
+            "infer_step_time_q75": round(1000 * step.q75, 3),
+        }
+        for name, reference in (("ratio", ORIGINAL), ("ratio_to_bound", BOUND)):
+            wanted = timing.variant != reference and (reference == ORIGINAL or timing.variant == FUSED)
+            of = self.ratio(timing.engine, timing.batch_size, timing.variant, reference) if wanted else None
+            for part, value in (("", "median"), ("_q25", "q25"), ("_q75", "q75"), ("_min", "low"), ("_max", "high")):
+                row[name + part] = None if of is None else round(getattr(of, value), 4)
+        memory = timing.peak_memory
+        row["infer_peak_memory"] = None if memory is None else round(memory / _MIB, 1)
+        return {**row, "infer_steps": timing.steps, **self.settings}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types: what ``--json`` prints; every round's step times are in milliseconds."""
+        rounds = [[round(1000 * s, 4) for s in t.seconds] for t in self.timings]
+        results = [{**row, "infer_step_times": ms} for row, ms in zip(self.rows(), rounds, strict=True)]
+        names = ("model", "img_size", "settings", "differences", "notes", "versions")
+        whole = asdict(self)
+        return {**{name: whole[name] for name in names}, "results": results}
+
+    def write_csv(self, path: str | Path) -> None:
+        """Write `rows` as a CSV file, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path, rows = Path(path), self.rows()
+        check_file(path)
+        beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(beside, path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def table(self) -> Table:
+        """Return the timings as a table."""
+        numbers = ["batch", "ms/step", "images/s", "ratio", "quartiles", "to bound", "quartiles ", "peak MiB"]
+        rows = []
+        for row in self.rows():
+            shown = [number(row["infer_step_time"]), number(row["infer_samples_per_sec"])]
+            for name in ("ratio", "ratio_to_bound"):
+                low, high = number(row[f"{name}_q25"], 3), number(row[f"{name}_q75"], 3)
+                shown += [number(row[name], 3), "-" if row[name] is None else f"{low} to {high}"]
+            cells = [row["engine"], str(row["infer_batch_size"]), row["variant"], *shown]
+            rows.append([*cells, number(row["infer_peak_memory"], 1)])
+        return table(["engine", "batch", "variant", *numbers[1:]], rows, right=numbers)
+
+    def lines(self) -> list[str]:
+        """Return what the ratios mean, what they say for each case, and how far the noise allows to say so."""
+        lines = [
+            "ratio is images/s over the original's in the same round, median and quartiles of "
+            f"{self.settings['rounds']} rounds: 1.05 is 5 % more; of 'original again' it is pure noise"
         ]
-        for r in rows
-    ]
-    chart = bars(drawn, f"images per second, {name}: median, whiskers are the quartiles over the rounds", "images/s")
-    return Case(name, _finding(next((r for r in rows if _variant(r) == _FUSED), {})), chart, texts)
+        lines += [f"{engine}, batch {size}: {self._finding(engine, size)}" for engine, size in self.cases()]
+        lines += [f"not in the norm-free bound: {difference}" for difference in self.differences]
+        return lines + self.notes
 
+    def noise(self, engine: str, batch_size: int) -> float:
+        """Return how far two copies of the original are apart, as a share of their time: the median over rounds."""
+        return abs(self.ratio(engine, batch_size, AGAIN).median - 1)
 
-def _variant(row: Mapping[str, Any]) -> str:
-    return str(row.get("variant") or row.get("model") or "model")
+    def is_slower(self, engine: str, batch_size: int, reference: str = ORIGINAL) -> bool:
+        """Return whether fused is slower than the reference beyond the spread and the noise."""
+        ratio = self.ratio(engine, batch_size, FUSED, reference)
+        return ratio.q75 < 1 and 1 - ratio.median > self.noise(engine, batch_size)
 
-
-def _rates(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Return the quartiles of images/s, from those of the time of a step in milliseconds."""
-    batch, slow, fast = (finite(row.get(key)) for key in (_BATCH, f"{_TIME}_q75", f"{_TIME}_q25"))
-    if batch is None or not slow or not fast:
-        return None, None
-    return 1000 * batch / slow, 1000 * batch / fast
-
-
-def _finding(row: Mapping[str, Any]) -> str:
-    ratio, low, high = (finite(row.get(key)) for key in ("ratio", "ratio_q25", "ratio_q75"))
-    if ratio is None or low is None or high is None:
-        return ""
-    text = f"fused gives {ratio:.3f} times the original's images/s, quartiles {low:.3f} to {high:.3f}"
-    return f"{text}: no difference that could be told from the spread" if low <= 1 <= high else text
-
-
-def _text(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def _range(low: float | None, high: float | None, digits: int) -> str:
-    return "-" if low is None or high is None else f"{_text(low, digits)} to {_text(high, digits)}"
-
-
-def _about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the plain values beside the results, as model, device and versions."""
-    about = []
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            about += (
-                _about(value) if key == "settings" else [(str(key), ", ".join(f"{k} {v}" for k, v in value.items()))]
+    def _finding(self, engine: str, batch_size: int) -> str:
+        gain, noise = self.ratio(engine, batch_size), self.noise(engine, batch_size)
+        text = f"fused {_percent(gain.median)} % ({_percent(gain.q25)} to {_percent(gain.q75)})"
+        if self.is_slower(engine, batch_size):
+            text += ", slower than the original"
+        if is_drowned(gain, noise):
+            text += (
+                f"; WARNING: no larger than the spread ({100 * gain.width:.1f} points) or than the difference of two "
+                f"copies of the original ({100 * noise:.1f} %): more --rounds, or a quieter machine"
             )
-        elif isinstance(value, str | int | float) and value != "" and value is not False:
-            about.append((str(key).replace("_", " "), "yes" if value is True else str(value)))
-    return about
+        behind = 100 * (1 - self.ratio(engine, batch_size, FUSED, BOUND).median)
+        if self.is_slower(engine, batch_size, BOUND):
+            return f"{text}; {behind:.1f} % behind the norm-free bound"
+        return f"{text}; within noise of the norm-free bound"
+
+
+def check_file(path: Path) -> None:
+    """Raise `OutputError` if no file can be written there, before minutes are spent on its contents."""
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else nearest}")
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}" if math.isfinite(ratio) else "?"

@@ -10,7 +10,7 @@ import pytest
 import normswap
 from normswap import CheckpointError, MissingExtraError
 from normswap.page import read_benchmark, render_page
-from normswap.speed import Speed
+from normswap.speedbars import Speed
 
 from .page import HOSTILE, benchmark, convert, hostile, record_of
 

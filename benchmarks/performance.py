@@ -1,0 +1,311 @@
+"""Measure speed without LayerNorm on six architectures and write docs/performance.md.
+
+    python benchmarks/performance.py --device cpu --threads 1 --clock cpu
+    python benchmarks/performance.py --device cuda
+    python benchmarks/performance.py --render
+
+Speed does not depend on what the weights have learnt, so they are random, and each fused model is set from a few random
+images. Every case is added to the results as soon as it is known; a run that is started again skips what is there, so
+results of several machines and runs add up.
+"""
+
+import json
+import platform
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import torch
+
+import normswap
+from normswap.benchmark import COMPILE, EAGER, ENGINES, ONNXRUNTIME, benchmark_models
+from normswap.errors import BenchmarkError
+from normswap.variants import stand_in
+
+MODELS = {
+    "ViT-Ti": "vit_tiny_patch16_224",
+    "ViT-S": "vit_small_patch16_224",
+    "ViT-B": "vit_base_patch16_224",
+    "DeiT-S, distilled": "deit_small_distilled_patch16_224",
+    "Swin-T": "swin_tiny_patch4_window7_224",
+    "ConvNeXt-T": "convnext_tiny",
+}
+GPU_BATCHES, GPU_PRECISIONS, GPU_ENGINES = (1, 128), ("float32", "bfloat16"), (EAGER, COMPILE)
+VARIANTS = ("original", "fused", "norm-free", "original again")
+
+
+def processor() -> str:
+    """Return the processor's name as Linux tells it, or the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def key(record: dict[str, Any]) -> list[Any]:
+    """Return what makes two measurements the same case."""
+    settings = record["settings"]
+    row = record["results"][0]
+    names = ("device", "precision", "threads", "clock")
+    return [record["machine"], record["model"], row["engine"], row["infer_batch_size"], *(settings[n] for n in names)]
+
+
+def gain(value: float, digits: int = 1) -> str:
+    """Return a ratio as a gain in percent."""
+    return f"{100 * (value - 1):+.{digits}f}"
+
+
+def variants(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the four results of a case by variant."""
+    return {row["variant"]: row for row in record["results"]}
+
+
+def case_row(record: dict[str, Any]) -> str:
+    """Return one line of a table: one model, engine and batch size."""
+    of = variants(record)
+    original, fused, bound, again = (of[name] for name in VARIANTS)
+
+    def ratio(row: dict[str, Any], name: str = "ratio") -> str:
+        return f"{gain(row[name])} ({gain(row[f'{name}_q25'])} to {gain(row[f'{name}_q75'])})"
+
+    memory = [
+        "-" if row["infer_peak_memory"] is None else f"{row['infer_peak_memory']:.0f}" for row in (original, fused)
+    ]
+    title = next((title for title, name in MODELS.items() if name == record["model"]), record["model"])
+    cells = [
+        title,
+        original["engine"],
+        original["infer_batch_size"],
+        *(f"{row['infer_step_time']:.2f}" for row in (original, fused, bound)),
+        f"**{gain(fused['ratio'])}** ({gain(fused['ratio_q25'])} to {gain(fused['ratio_q75'])})",
+        ratio(bound),
+        ratio(fused, "ratio_to_bound"),
+        ratio(again),
+        *memory,
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def order(record: dict[str, Any]) -> tuple[int, ...]:
+    """Return where a case stands in its table."""
+    row = record["results"][0]
+    return (
+        list(MODELS.values()).index(record["model"]) if record["model"] in MODELS.values() else len(MODELS),
+        ENGINES.index(row["engine"]),
+        row["infer_batch_size"],
+    )
+
+
+def machine_table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the tables of everything that was measured on one machine with one set of settings."""
+    settings, versions = records[0]["settings"], records[0]["versions"]
+    dates = sorted({record["date"] for record in records})
+    shared = " The machine was shared with other programs." if any(record["shared"] for record in records) else ""
+    clock = {
+        "cpu": "CPU time of the process, which other programs on the core do not change much",
+        "wall": "wall clock",
+    }.get(settings["clock"], settings["clock"])
+    device = "CPU" if settings["device"] == "cpu" else settings["device"]
+    rounds = sorted({record["settings"]["rounds"] for record in records})
+    return [
+        f"### {device}, {settings['precision']}",
+        "",
+        f"{records[0]['machine']}, {settings['threads']} thread(s), {' to '.join(sorted({dates[0], dates[-1]}))}, "
+        f"torch {versions['torch']}, timm {versions['timm']}; {' or '.join(map(str, rounds))} rounds, clock: {clock}."
+        f"{shared}",
+        "",
+        "| model | engine | batch | original ms | fused ms | norm-free ms | fused, % more images/s (quartiles) "
+        "| norm-free, % more | fused against norm-free, % | two copies of the original, % | MiB original | MiB fused |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *map(case_row, sorted(records, key=order)),
+        "",
+    ]
+
+
+def gpu_matrix(records: list[dict[str, Any]]) -> list[str]:
+    """Return what of the GPU's grid is known: the gain of each cell, or that it was not measured."""
+    known = {
+        (r["model"], r["settings"]["precision"], r["results"][0]["engine"], r["results"][0]["infer_batch_size"]): r
+        for r in records
+        if r["settings"]["device"] != "cpu"
+    }
+    columns = [(p, e, b) for p in GPU_PRECISIONS for e in GPU_ENGINES for b in GPU_BATCHES]
+    lines = [
+        f"| model | {' | '.join(f'{p}, {e}, batch {b}' for p, e, b in columns)} |",
+        f"|---|{'--:|' * len(columns)}",
+    ]
+    for title, name in MODELS.items():
+        found = [known.get((name, *column)) for column in columns]
+        cells = ["not measured" if r is None else f"{gain(variants(r)['fused']['ratio'])} %" for r in found]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def findings(records: Iterable[dict[str, Any]]) -> list[str]:
+    """Return how many cases are faster, drowned in noise, slower, and off the norm-free bound."""
+    faster, drowned, slower, off = [], [], [], []
+    total = 0
+    for record in records:
+        total += 1
+        of = variants(record)
+        fused, noise = of["fused"], abs(of["original again"]["ratio"] - 1)
+        name = f"{record['model']}, {fused['engine']}, batch {fused['infer_batch_size']}"
+        spread = max(fused["ratio_q75"] - fused["ratio_q25"], noise)
+        if fused["ratio_q75"] < 1 and 1 - fused["ratio"] > noise:
+            slower.append(name)
+        elif abs(fused["ratio"] - 1) <= spread:
+            drowned.append(name)
+        else:
+            faster.append(name)
+        if fused["ratio_to_bound_q75"] < 1 and 1 - fused["ratio_to_bound"] > noise:
+            off.append(f"{name} ({gain(fused['ratio_to_bound'])} %)")
+
+    def listed(names: list[str]) -> str:
+        return f": {'; '.join(names)}" if names else ""
+
+    return [
+        f"- {total} cases were measured. Fused is faster than the original by more than the spread in {len(faster)}.",
+        f"- In {len(drowned)} the gain is no larger than the noise, so nothing is shown{listed(drowned)}.",
+        f"- In {len(slower)} fused is slower than the original beyond the noise{listed(slower)}.",
+        f"- In {len(off)} fused is slower than the norm-free bound beyond the noise{listed(off)}.",
+    ]
+
+
+def document(records: list[dict[str, Any]]) -> str:
+    """Return docs/performance.md."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for record in records:
+        settings = record["settings"]
+        group = (record["machine"], *(settings[n] for n in ("device", "precision", "threads", "clock")))
+        groups.setdefault(group, []).append(record)
+    different = {r["model"]: r["differences"] for r in records if r["differences"]}
+    notes = sorted({note for r in records for note in r["notes"]})
+    return "\n".join(
+        [
+            "# Speed without LayerNorm",
+            "",
+            "Made by `python benchmarks/performance.py`; each case is in `performance.json`. For a model of yours,",
+            "converted or not, there is `normswap benchmark`.",
+            "",
+            "Four models have their turn one after the other in each round: the original, the fused one, the norm-free",
+            "bound (the same architecture with `norm_layer=torch.nn.Identity`, or every LayerNorm replaced by it where",
+            "timm does not take that) and a second copy of the original. Times are medians over the rounds. A gain is",
+            "that of images per second over the original's in the same round: median, quartiles in brackets. The copy",
+            "shows the noise. Equal models differ by where their weights lie in memory, so all are put elsewhere three",
+            "times on the way, which is in the spread. Weights and images are random.",
+            "Peak memory is that of the weights and activations of one step, without the images.",
+            "",
+            *findings(records),
+            "",
+            "## Measured",
+            "",
+            *(line for group in groups.values() for line in machine_table(group)),
+            "## GPU",
+            "",
+            "Fused against original, % more images per second, in float32 (TF32 off, torch's default) and with weights",
+            "and images in bfloat16. Ready to run: `python benchmarks/performance.py --device cuda`.",
+            "",
+            *gpu_matrix(records),
+            "",
+            "## What the fused models still compute beyond the bound",
+            "",
+            *(f"- {model}: {'; '.join(lines)}" for model, lines in different.items()),
+            *([] if different else ["Nothing: every LayerNorm was folded, no bias was added."]),
+            "",
+            *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []),
+        ]
+    )
+
+
+def measure(name: str, cases: list[tuple[str, str, int]], options: dict[str, Any], records: list, path: Path) -> None:
+    """Measure the cases (precision, engine, batch size) of one model that are not known yet."""
+    built: list[torch.nn.Module] = []
+    for precision, engine, batch_size in cases:
+        device = options["device"]
+        known = [
+            options["machine"],
+            name,
+            engine,
+            batch_size,
+            "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
+            precision,
+            torch.get_num_threads(),
+            options["clock"] if device == "cpu" else "cuda events",
+        ]
+        if known in [key(record) for record in records]:
+            continue
+        if not built:
+            torch.manual_seed(0)
+            original = timm.create_model(name).eval()
+            built = [original, stand_in(original)]
+        try:
+            result = benchmark_models(
+                *built,
+                batch_sizes=[batch_size],
+                engines=[engine],
+                rounds=options["rounds"],
+                device=device,
+                dtype=getattr(torch, precision),
+                clock=options["clock"],
+                name=name,
+            )
+        except BenchmarkError as error:
+            click.echo(f"{name}, {engine}, batch {batch_size}, {precision}: {error}", err=True)
+            continue
+        when = str(date.today())
+        record = {"machine": options["machine"], "date": when, "shared": options["shared"], **result.to_json()}
+        records.append(record)
+        path.write_text(json.dumps(records, indent=1) + "\n")
+        click.echo("\n".join([f"{name}, {precision}", *result.lines()[1:]]), err=True)
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("-m", "--models", default=",".join(MODELS.values()), help="timm's names, with commas between")
+@click.option("--engines", help="of eager, compile, onnxruntime [cpu: eager; cuda: eager,compile]")
+@click.option("-b", "--batch-sizes", help="with commas between [cpu: 1; cuda: 1,128]")
+@click.option("--precisions", help="with commas between [cpu: float32; cuda: float32,bfloat16]")
+@click.option("--rounds", type=click.IntRange(3), default=15, show_default=True, help="turns of each model")
+@click.option("--threads", type=click.IntRange(1), help="of the CPU [torch's own choice]")
+@click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="on a CPU")
+@click.option("--shared", is_flag=True, help="say that other programs ran on the machine")
+@click.option("--render", is_flag=True, help="write the document only")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/performance.md"), help="the document")
+def main(
+    device: str,
+    models: str,
+    engines: str | None,
+    batch_sizes: str | None,
+    precisions: str | None,
+    rounds: int,
+    threads: int | None,
+    clock: str,
+    shared: bool,
+    render: bool,
+    out: Path,
+) -> None:
+    """Time the original, the fused and the norm-free model of each architecture and write the document."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    path = out.with_suffix(".json")
+    records = json.loads(path.read_text()) if path.exists() else []
+    gpu = device != "cpu"
+    cases = [
+        (precision, engine, int(batch_size))
+        for precision in (precisions.split(",") if precisions else GPU_PRECISIONS if gpu else ("float32",))
+        for engine in (engines.split(",") if engines else GPU_ENGINES if gpu else (EAGER,))
+        for batch_size in (batch_sizes.split(",") if batch_sizes else GPU_BATCHES if gpu else (1,))
+        if not (engine == ONNXRUNTIME and precision != "float32")
+    ]
+    options = {"device": device, "rounds": rounds, "clock": clock, "shared": shared, "machine": processor()}
+    for name in [] if render else models.split(","):
+        measure(name, cases, options, records, path)
+    out.write_text(document(records))
+    click.echo(f"normswap {normswap.__version__}: {len(records)} cases in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""The original, the fused model and the norm-free bound, timed in turn on each engine."""
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .calibrate import Progress, no_progress
+from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, prepare, workplace
+from .errors import ArgumentError, BenchmarkError, MissingExtraError
+from .graph import resolve_input_size
+from .speed import VARIANTS, Benchmark, Timing
+from .timing import (
+    Clock,
+    cpu_clock,
+    cuda_clock,
+    freed_memory_kept,
+    steps_per_turn,
+    take_turns,
+    wall_clock,
+    warm_up,
+)
+from .variants import differences, norm_free, stand_in
+
+ENGINES = (EAGER, COMPILE, ONNXRUNTIME)
+DEFAULT_ROUNDS = 25
+_FEWEST_ROUNDS = 3
+
+
+def benchmark_models(
+    original: nn.Module,
+    fused: nn.Module | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    engines: Sequence[str] = (EAGER,),
+    optional: Collection[str] = (),
+    rounds: int = DEFAULT_ROUNDS,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    clock: str = "wall",
+    input_size: tuple[int, int, int] | None = None,
+    name: str | None = None,
+    progress: Progress = no_progress,
+) -> Benchmark:
+    """Time the original, the fused model and the same architecture without norms, one after the other in each round.
+
+    A second copy of the original comes last in each round; its ratio to the first shows the noise. Where the weights
+    lie in memory is changed three times on the way.
+
+    A step is one call of a model on one batch of random images. Its time is by CUDA events on a GPU. On a CPU as many
+    threads as `torch.get_num_threads` says take part, and glibc is told to keep freed memory meanwhile.
+
+    Args:
+        original: with LayerNorm, from timm; stays as it is, as does ``fused``.
+        fused: the same converted; default: one is built that has the operators of a converted one, so that its time
+            can be known before any image is looked at.
+        batch_sizes: images per step.
+        engines: "eager", "compile" (torch.compile) and "onnxruntime".
+        optional: engines that are left out with a note where they cannot run.
+        rounds: how often each model has its turn, at least 3.
+        device: "cpu" or a CUDA device; default: the original's.
+        dtype: of the weights and images; default: the original's.
+        amp_dtype: autocast to it.
+        channels_last: memory layout of images and convolutions.
+        clock: "wall", or "cpu" for the CPU time of one thread, which a shared core does not disturb.
+        input_size: (channels, height, width); default: the original's own.
+        name: what to call the model.
+        progress: called with ("benchmark: what", turns done, turns in all).
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or models that answer in different shapes.
+        NoLayerNormError, ModelRefusedError, CalibrationError, FoldError: without ``fused``, see `make_plan` and others.
+        BenchmarkError: an engine cannot run a model.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    weight = next(original.parameters())
+    target = torch.device(device) if device is not None else weight.device
+    _check(batch_sizes, engines, rounds, target, clock)
+    size = resolve_input_size(original, input_size)
+    precision = dtype or weight.dtype
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    notes, usable = [], []
+    for engine in engines:
+        try:
+            check_engine(engine, target, precision, amp_dtype)
+            usable.append(engine)
+        except (BenchmarkError, MissingExtraError) as error:
+            if engine not in optional:
+                raise
+            notes.append(f"{engine}: not measured: {error}")
+    progress("benchmark: build", 0, 1)
+    fused = stand_in(original) if fused is None else fused
+    bound = norm_free(original, fused)
+    models = {
+        variant: copy.deepcopy(model).to(target, precision, memory_format=layout).eval()  # type: ignore[call-overload]
+        for variant, model in zip(VARIANTS, (original, fused, bound, original), strict=True)
+    }
+    result = Benchmark(
+        model=name or type(original).__name__,
+        img_size=size[-1],
+        settings={
+            "device": _device_name(target),
+            "precision": str(precision).removeprefix("torch."),
+            "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
+            "channels_last": channels_last,
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(),
+            "clock": "cuda events" if target.type == "cuda" else clock,
+            "rounds": rounds,
+        },
+        differences=differences(fused, bound),
+        notes=notes,
+    )
+    tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
+    turns = len(usable) * len(batch_sizes) * rounds * len(models)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), _steady(target):
+        for i, engine in enumerate(usable):
+            for j, batch_size in enumerate(batch_sizes):
+                images = torch.randn(batch_size, *size, generator=generator)
+                images = images.to(target, precision, memory_format=layout)
+                before = (i * len(batch_sizes) + j) * rounds * len(models)
+                shown = _Shown(progress, f"{engine}, batch {batch_size}", before, turns)
+                try:
+                    result.timings += _case(models, engine, images, amp_dtype, tick, rounds, shown, result.notes)
+                except (BenchmarkError, MissingExtraError) as error:
+                    if engine not in optional:
+                        raise
+                    result.notes.append(f"{engine}, batch {batch_size}: not measured: {error}")
+    if not result.timings:
+        raise BenchmarkError(f"nothing could be measured: {'; '.join(result.notes)}")
+    result.notes = list(dict.fromkeys(result.notes))
+    progress("benchmark: done", turns, turns)
+    return result
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Progress of one case among all."""
+
+    progress: Progress
+    case: str
+    before: int
+    turns: int
+
+    def __call__(self, variant: str, done: int) -> None:
+        self.progress(f"benchmark: {self.case}, {variant}", self.before + done, self.turns)
+
+
+def _case(
+    models: dict[str, nn.Module],
+    engine: str,
+    images: torch.Tensor,
+    amp_dtype: torch.dtype | None,
+    clock: Clock,
+    rounds: int,
+    shown: Callable[[str, int], None],
+    notes: list[str],
+) -> list[Timing]:
+    """Time all variants on one engine with one batch `[B, C, H, W]`."""
+    with workplace(engine) as folder:
+        runs: dict[str, Runnable] = {}
+        shapes, seconds = {}, []
+        for variant, model in models.items():
+            shown(f"{variant}, warming up", 0)
+            try:
+                runs[variant] = prepare(engine, model, images, folder, amp_dtype)
+                seconds.append(warm_up(runs[variant].step, clock))
+                output = torch.as_tensor(runs[variant].step())
+            except (BenchmarkError, MissingExtraError):
+                raise
+            except Exception as error:  # out of memory, no compiler: whatever the engine runs into
+                text = " ".join(str(error).split())[:200]
+                where = f"{variant}, {engine}, batch {len(images)}"
+                raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
+            shapes[variant] = tuple(output.shape)
+            if not torch.isfinite(output).all():
+                notes.append(f"{variant}: its answers to random images are not finite; it is timed all the same")
+        if len(set(shapes.values())) > 1:
+            answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
+            raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")
+        steps = steps_per_turn(seconds[0])
+        times = _rounds(runs, clock, rounds, steps, shown)
+        return [
+            Timing(
+                variant,
+                engine,
+                len(images),
+                steps,
+                times[variant],
+                sum(p.numel() for p in models[variant].parameters()),
+                run.peak_memory(),
+            )
+            for variant, run in runs.items()
+        ]
+
+
+def _rounds(
+    runs: dict[str, Runnable], clock: Clock, rounds: int, steps: int, shown: Callable[[str, int], None]
+) -> dict[str, list[float]]:
+    """Take turns, and now and then put all weights elsewhere in memory, each time beginning with another model.
+
+    So the luck of one place is no gain of one model: it becomes part of the spread.
+    """
+    times: dict[str, list[float]] = {variant: [] for variant in runs}
+    names, done = list(runs), 0
+    steps_of = {variant: run.step for variant, run in runs.items()}
+    for place in range(len(names)):
+        count = rounds // len(names) + (place < rounds % len(names))
+        if place and count:
+            for variant in names[place:] + names[:place]:
+                runs[variant].move()
+            for run in runs.values():
+                run.step()  # touches everything once
+
+        def told(variant: str, turn: int, before: int = done * len(names)) -> None:
+            shown(variant, before + turn)
+
+        part = take_turns(steps_of, clock, count, steps, told)
+        for variant in names:
+            times[variant] += part[variant]
+        done += count
+    return times
+
+
+def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, device: torch.device, clock: str) -> None:
+    sizes, names = list(batch_sizes), list(engines)
+    if not sizes or min(sizes) < 1:
+        raise ArgumentError(f"batch sizes are whole numbers from 1, not {sizes}")
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or not names:
+        raise ArgumentError(f"engines are {', '.join(ENGINES)}, not {', '.join(unknown) or 'none'}")
+    if rounds < _FEWEST_ROUNDS:
+        raise ArgumentError(f"{rounds} rounds have no spread; at least {_FEWEST_ROUNDS}")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"{device.type}: only cpu and cuda can be timed")
+    if clock not in ("wall", "cpu"):
+        raise ArgumentError(f"the clock is wall or cpu, not {clock!r}")
+    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
+        raise ArgumentError("CPU time tells how fast a model is on one thread of a CPU only: --threads 1 --device cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@contextmanager
+def _steady(device: torch.device) -> Iterator[None]:
+    """Let the memory and the choice of convolutions settle, as timm's benchmark.py does on a GPU."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = device.type == "cuda" or before
+    try:
+        with freed_memory_kept() if device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
