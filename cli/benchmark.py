@@ -148,7 +148,8 @@ def benchmark(
     if csv_file is not None:
         console.say("wrote", str(csv_file))
     if against is None:
-        console.say("next", f"normswap convert -m {model} --data-dir IMAGES -o OUT")
+        pretrained = "" if ":" in model or weights["checkpoint"] else " --pretrained"
+        console.say("next", f"normswap convert -m {model}{pretrained} --data-dir IMAGES -o OUT")
 
 
 def _no_weights(model: str) -> dict[str, bool]:
