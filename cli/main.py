@@ -6,6 +6,7 @@ from .console import GROUP_EPILOG
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .plan import inspect
 
 
@@ -18,5 +19,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, evaluate):
+for command in (demo, inspect, convert, evaluate, export):
     cli.add_command(command)

@@ -21,6 +21,7 @@ from .errors import (
     OutputError,
 )
 from .evaluate import evaluate_models
+from .export import ExportReport, export_model
 from .finetune import finetune
 from .fold import fold_norms
 from .pipeline import Conversion, convert
@@ -40,6 +41,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "DataError",
+    "ExportReport",
     "FinetuneOptions",
     "FoldError",
     "MissingExtraError",
@@ -51,6 +53,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate_models",
+    "export_model",
     "finetune",
     "fold_norms",
     "load",
