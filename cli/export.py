@@ -33,9 +33,7 @@ EVAL_SAMPLES = 500
 @click.option("--opset", type=click.IntRange(7), help="ONNX operator set; 18 is the one torch writes best  [18]")
 @click.option("--static", type=click.IntRange(1), metavar="N", help="fixed shapes, N images at once, as NPUs want them")
 @click.option("--external-data", is_flag=True, help="ONNX weights in a file of their own, as beyond 2 GB always")
-@click.option(
-    "--atol", type=float, help="exit 4 if an output differs by more from float32 PyTorch  [0.001; fp16: 0.1]"
-)
+@click.option("--atol", type=float, help="exit 4 if an output differs by more from float32 PyTorch  [0.001; fp16: 0.1]")
 @click.option("--int8", is_flag=True, help="also measure what static INT8 quantisation would cost; nothing is saved")
 @click.option(
     "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="images that set the INT8 ranges"

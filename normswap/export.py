@@ -174,7 +174,8 @@ def export_model(
         if format == "onnx":
             output = "features" if getattr(model, "num_classes", 1) == 0 else "logits"
             write_onnx(program, beside, opset, output, record, external_data)
-            graph, loaded = count_onnx(read_onnx(beside)), OnnxModel(beside)
+            graph = count_onnx(read_onnx(beside))
+            loaded: nn.Module = OnnxModel(beside)
         else:
             torch.export.save(program, beside, extra_files={"normswap.json": json.dumps(record)})
             graph, loaded = stayed, _load_program(beside)

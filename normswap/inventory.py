@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from .graph import operation, owner
 
@@ -30,6 +31,8 @@ _KINDS = {
     # What stands between a variance and its root, and does not change what it is.
     **dict.fromkeys(("Add", "add", "Max", "Clip", "clamp", "clamp_min", "maximum"), "floor"),
     **dict.fromkeys(("Cast", "_to_copy", "to", "Identity", "clone"), "same"),
+    **dict.fromkeys("Reshape Expand Squeeze Unsqueeze Transpose".split(), "same"),
+    **dict.fromkeys("reshape view expand squeeze unsqueeze transpose permute".split(), "same"),
 }
 
 
@@ -115,10 +118,16 @@ def count_program(program: torch.export.ExportedProgram) -> Inventory:
             steps[node.name] = _Step(source.type, kind, source.inputs, source.constants, source.module)
             continue
         types.append(name)
-        inputs = tuple(source.name for source in node.all_input_nodes)
         constants = tuple(float(argument) for argument in node.args if isinstance(argument, int | float))
-        steps[node.name] = _Step(name, _KINDS.get(name, ""), inputs, constants, owner(node))
+        steps[node.name] = _Step(name, _KINDS.get(name, ""), _reads(node), constants, owner(node))
     return _inventory(steps, types, set(program.graph_signature.user_inputs))
+
+
+def _reads(node: fx.Node) -> tuple[str, ...]:
+    """Return what a node reads, in order and with repetitions, unlike all_input_nodes: x * x reads x twice."""
+    names: list[str] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda source: names.append(source.name))
+    return tuple(names)
 
 
 def _nodes(graphs: Iterable[Any]) -> Iterator[Any]:
@@ -131,7 +140,8 @@ def _nodes(graphs: Iterable[Any]) -> Iterator[Any]:
 def _inventory(steps: Mapping[str, _Step], types: Iterable[str], inputs: set[str]) -> Inventory:
     live = set(inputs)  # what depends on the images; a norm of a weight is a constant
     for name, step in steps.items():
-        if live.intersection(step.inputs):
+        # A shape is not an activation, though it comes from one.
+        if step.type not in ("Shape", "sym_size") and live.intersection(step.inputs):
             live.add(name)
     chains = _Chains(steps, live)
     unique = {id(step): step for name, step in steps.items() if name in live}
@@ -154,12 +164,12 @@ class _Chains:
             self.outputs.setdefault(id(step), []).append(name)
 
     def ends(self, step: _Step) -> bool:
-        """Return whether ``step`` is the root, or the power of a half, of a variance, and something is divided by it."""
+        """Return whether ``step`` is the root (or the power of a half) of a variance and something is divided by it."""
         root = step.kind == "root" or (step.kind == "pow" and any(abs(c) == 0.5 for c in step.constants))
         if not root or not self._is_variance(self._under(step.inputs[0], ("floor", "same"))):
             return False
         readers = [reader for name in self.outputs[id(step)] for reader in self.readers.get(name, [])]
-        divides = step.type == "rsqrt" or -0.5 in step.constants
+        divides = step.type == "rsqrt" or -0.5 in step.constants  # in itself
         return divides or any(reader.kind in ("div", "same") for reader in readers)
 
     def _step(self, name: str) -> _Step | None:
@@ -208,7 +218,7 @@ class _Chains:
         if step.kind == "mean":
             return step.inputs[0]
         if step.kind in ("div", "mul"):
-            sums = [self._step(source) for source in step.inputs]
+            sums = [self._step(self._under(source, ("same",))) for source in step.inputs]
             return next((s.inputs[0] for s in sums if s is not None and s.kind == "sum"), None)
         return None
 

@@ -74,9 +74,8 @@ def write_onnx(
     reached = model.opset_imports.get("")
     if reached != opset:
         raise ArgumentError(
-            f"--opset {opset}: the graph cannot be converted to it (it is opset {reached}); take {DEFAULT_OPSET} or later"
+            f"--opset {opset}: the graph cannot be converted to it (it is {reached}); take {DEFAULT_OPSET} or later"
         )
-    # All nodes come from functions that were put in their place; what is left names no node.
     model.metadata_props.update(metadata or {})
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
     total = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
