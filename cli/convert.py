@@ -236,6 +236,8 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
     console.say("wrote", f"{out}/model.safetensors, config.json, normswap.json, README.md")
+    if report.stayed:
+        console.say("stayed", f"{len(report.stayed)} LayerNorms: {', '.join(report.stayed)}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")

@@ -189,7 +189,7 @@ def say_files(console: Console, report: Any) -> None:
     """Say what was written and which LayerNorms are in it."""
     console.say("wrote", f"{', '.join(report.files)} ({report.size / 1e6:.1f} MB)")
     if report.layer_norms:
-        console.say("kept", f"{len(report.layer_norms)} LayerNorms stay in the graph: {', '.join(report.layer_norms)}")
+        console.say("stayed", f"{len(report.layer_norms)} LayerNorms: {', '.join(report.layer_norms)}")
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:

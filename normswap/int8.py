@@ -4,6 +4,7 @@ Without LayerNorm the residual stream itself, outlier channels and all, is what 
 activation tensor can be too coarse for it: what is easier in FP16 can be harder in INT8, so it is measured here.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def check_int8(
     with tempfile.TemporaryDirectory(prefix="normswap-int8-") as folder:
         stages: dict[str, nn.Module] = {}
         for i, (name, model) in enumerate(models.items()):
-            program = export_program(model, example_batch(model, size), dynamic=True)
+            exported = copy.deepcopy(model).cpu()
+            program = export_program(exported, example_batch(exported, size), dynamic=True)
             plain, quantised = Path(folder) / f"{i}.onnx", Path(folder) / f"{i}.int8.onnx"
             write_onnx(program, plain, opset)
             _quantise(plain, quantised, batches)

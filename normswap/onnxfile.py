@@ -129,7 +129,7 @@ class OnnxModel(nn.Module):
         (self.input,) = self.session.get_inputs()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the output `[B, K]` for images `[B, C, H, W]` on the CPU, in the graph's own types.
+        """Return the output `[B, K]` for images `[B, C, H, W]`, in the graph's own type, where the images are.
 
         Raises:
             CheckFailedError: ONNX Runtime cannot run it.
@@ -138,7 +138,7 @@ class OnnxModel(nn.Module):
             (output,) = self.session.run(None, {self.input.name: images.detach().cpu().contiguous().numpy()})
         except Exception as error:
             raise CheckFailedError(f"ONNX Runtime cannot run the graph: {_reason(error)}: not saved") from error
-        return torch.from_numpy(output)
+        return torch.from_numpy(output).to(images.device)
 
 
 def _reason(error: BaseException) -> str:
