@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from . import export
 from . import options as o
 from .console import Console, NormswapCommand
 from .processes import is_first, joined
@@ -61,6 +62,11 @@ _POSITIONS = ("pre-act", "post-act", "none")
 )
 @click.option("--worst-images", type=click.IntRange(0), default=8, show_default=True, help="pictures in the report")
 @click.option("--report/--no-report", default=None, help="write report.html  [if the report extra is installed]")
+@click.option(
+    "--export",
+    type=click.Choice(export.FORMATS),
+    help="also write a graph into the folder, as normswap export does",
+)
 @click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
 @o.output_options()
 def convert(**options: Any) -> None:
@@ -86,6 +92,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap.data import load_splits
     from normswap.errors import ArgumentError, CheckFailedError
     from normswap.page import check_extra
+    from normswap.onnxfile import require_onnx
     from normswap.save import check_saveable
 
     if options["report"]:
@@ -96,6 +103,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
             if options["save_swapped"].resolve() == out.resolve():
                 raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not that of --output")
             check_target(options["save_swapped"], options["overwrite"], [*sources, out])
+    if options["export"] == "onnx":
+        require_onnx()  # not after minutes of calibration
     device = o.pick_device(options["device"])
     model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
     if out is not None:
@@ -118,6 +127,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
         counts = (options["calib_samples"], options["finetune_samples"])
         calibration, train, held_out = o.training_sets(images, *counts, options["seed"])
     one_split = images is evaluation
+    compared = evaluation.draw(min(export.EVAL_SAMPLES, options["eval_samples"] or sys.maxsize), options["seed"])
     if options["eval_samples"]:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
     method = options["method"] + (" readers" if _readers_only(options) else "")
@@ -166,8 +176,35 @@ def run(console: Console, options: dict[str, Any]) -> None:
     except CheckFailedError as error:
         _show(console, error.report, options["verbose"])
         raise
-    _show(console, result.report, options["verbose"])
+    if options["export"] is None:
+        _show(console, result.report, options["verbose"])
+        _say_what_next(console, options, result.report, out)
+        return
+    tables = _tell(console, result.report, options["verbose"])
     _say_what_next(console, options, result.report, out)
+    _export(console, options, out, result.report, tables, compared)
+
+
+def _export(console: Console, options: dict[str, Any], out: Path, report: Any, tables: list[Any], images: Any) -> None:
+    """Write a graph of what was saved. If that fails, the folder stays: it is whole, and has passed its own checks."""
+    from normswap import load
+    from normswap.errors import CheckFailedError
+
+    path = export.default_path(out, options["export"])
+    settings = {"format": options["export"], "overwrite": False}
+    record = report.to_json()
+    try:
+        exported = export.write(console, load(out), path, f"local-dir:{out}", settings, images)
+    except CheckFailedError as error:
+        found: Any = error.report
+        if found is not None:
+            tables += export.tell(console, found, options["verbose"])
+            record["export"] = found.to_json()
+        console.result(record, *tables)
+        raise
+    tables += export.tell(console, exported, options["verbose"])
+    console.result({**record, "export": exported.to_json()}, *tables)
+    export.say_files(console, exported)
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:
@@ -181,8 +218,12 @@ def _readers_only(options: dict[str, Any]) -> bool:
 
 
 def _show(console: Console, report: Any, verbose: int) -> None:
-    if report is None:
-        return
+    if report is not None:
+        console.result(report.to_json(), *_tell(console, report, verbose))
+
+
+def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
+    """Say what was found; return the tables."""
     from rich.markup import escape
 
     from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
@@ -222,7 +263,7 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
     if report.stages:
         tables.append(stages_table(report.stages))
-    console.result(report.to_json(), *tables)
+    return tables
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
@@ -236,6 +277,8 @@ def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: 
         why = f"it could not be made, as normswap report {out} will tell"
         missing = f"pip install 'normswap[report]', then normswap report {out}"
         console.say("report", f"no {PAGE}: {why if can_render() else missing}")
+    if report.stayed:
+        console.say("stayed", f"{len(report.stayed)} LayerNorms: {', '.join(report.stayed)}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")

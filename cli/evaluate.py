@@ -12,13 +12,7 @@ from .console import Console, NormswapCommand
 @click.command(cls=NormswapCommand)
 @o.architecture_options()
 @o.weights_options()
-@click.option("--against", metavar="MODEL", help="the original to compare with, in the same form as -m")
-@click.option("--against-pretrained", is_flag=True, help="timm's weights for --against")
-@click.option(
-    "--against-checkpoint",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="weights file for --against",
-)
+@o.against_options()
 @o.data_options()
 @o.output_options()
 def evaluate(

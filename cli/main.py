@@ -7,6 +7,7 @@ from .console import GROUP_EPILOG
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .finetune import finetune, fuse
 from .plan import inspect
 from .report import report
@@ -21,5 +22,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, finetune, fuse, evaluate, benchmark, report):
+for command in (demo, inspect, convert, finetune, fuse, evaluate, export, benchmark, report):
     cli.add_command(command)

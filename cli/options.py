@@ -54,12 +54,12 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def architecture_options() -> Callable[[F], F]:
+def architecture_options(required: bool = True) -> Callable[[F], F]:
     return _all(
         click.option(
             "-m",
             "--model",
-            required=True,
+            required=required,
             metavar="MODEL",
             help="what timm.create_model takes: a name, hf-hub:ID or local-dir:PATH",
         ),
@@ -83,7 +83,33 @@ def weights_options() -> Callable[[F], F]:
     )
 
 
+def against_options() -> Callable[[F], F]:
+    return _all(
+        click.option("--against", metavar="MODEL", help="the original to compare with, in the same form as -m"),
+        click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
+        click.option(
+            "--against-checkpoint",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="weights file for --against",
+        ),
+    )
+
+
 def data_options() -> Callable[[F], F]:
+    return _all(
+        image_options(),
+        click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
+        click.option(
+            "--amp-dtype",
+            type=click.Choice(["float16", "bfloat16"]),
+            default="float16",
+            show_default=True,
+            help="of --amp",
+        ),
+    )
+
+
+def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
     return _all(
         click.option(
             "--data-dir",
@@ -94,7 +120,13 @@ def data_options() -> Callable[[F], F]:
         click.option("--split", default="validation", show_default=True, help="split to evaluate on"),
         click.option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm's class map file"),
         click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
-        click.option("--eval-samples", type=click.IntRange(1), help="evaluate on a random part [all images]"),
+        click.option(
+            "--eval-samples",
+            type=click.IntRange(1),
+            default=eval_samples,
+            show_default=eval_samples is not None,
+            help="evaluate on a random part" + ("" if eval_samples else " [all images]"),
+        ),
         click.option("--max-skipped", type=click.IntRange(0), default=10, show_default=True, help="unreadable images"),
         click.option(
             "-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="images at once"
@@ -108,14 +140,6 @@ def data_options() -> Callable[[F], F]:
         click.option("--interpolation", type=click.Choice(_INTERPOLATIONS), help="[model's own]"),
         click.option(
             "--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="draws calibration images"
-        ),
-        click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
-        click.option(
-            "--amp-dtype",
-            type=click.Choice(["float16", "bfloat16"]),
-            default="float16",
-            show_default=True,
-            help="of --amp",
         ),
     )
 

@@ -24,6 +24,7 @@ from .errors import (
     OutputError,
 )
 from .evaluate import evaluate_models
+from .export import ExportReport, export_model
 from .finetune import finetune
 from .fold import fold_norms
 from .pipeline import Conversion, convert
@@ -47,6 +48,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "DataError",
+    "ExportReport",
     "FinetuneOptions",
     "FoldError",
     "MissingExtraError",
@@ -60,6 +62,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate_models",
+    "export_model",
     "finetune",
     "finetune_swapped",
     "fold_norms",

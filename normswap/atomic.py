@@ -1,4 +1,4 @@
-"""A file or folder that appears whole or not at all: written beside its target, synced to disk, then renamed.
+"""A folder or a file that appears whole or not at all: written beside its target, synced to disk, then renamed.
 
 On Linux an existing target is exchanged in one system call, so that a kill at any moment leaves either the old
 folder or the new one. Elsewhere two renames are needed; a kill between them leaves the old folder under a name that
@@ -80,15 +80,65 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written; what stood there still stands.
     """
-    beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
+    staging = beside(path)
     try:
-        beside.write_text(text, encoding="utf-8")
-        _sync_path(beside)
-        os.replace(beside, path)
+        staging.write_text(text, encoding="utf-8")
+        _sync_path(staging)
+        os.replace(staging, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
+
+
+def check_file(target: Path, overwrite: bool) -> None:
+    """Raise before any work is done if ``target`` cannot become a new file.
+
+    Raises:
+        ArgumentError: it is in the way of something, or there and ``overwrite`` is off.
+        OutputError: its folder cannot be written.
+    """
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise ArgumentError(f"{target}: is not a file; choose another output")
+    if target.exists() and not overwrite:
+        raise ArgumentError(f"{target}: is there already; choose another output, or replace it with --overwrite")
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{target}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {nearest} cannot be written")
+
+
+@contextmanager
+def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield the path of a file to write beside ``target``, which takes its name when the block ends without an error.
+
+    What else the block writes into the same folder, as weights in a file of their own, is renamed first, under the
+    name it has. Choose names that depend on the content: then a kill at any moment leaves a file and what it needs.
+
+    Raises:
+        ArgumentError, OutputError: see `check_file`; also when a file cannot be written.
+    """
+    check_file(target, overwrite)
+    sweep(target)
+    staging = beside(target)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging / target.name
+        _sync(staging)
+        check_file(target, overwrite)  # once more: much time may have passed
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == target.name):
+            os.replace(path, target.parent / path.name)
+        _sync_path(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        reason = error.strerror or str(error)
+        kept = "; what stood there still stands" if target.exists() else ""
+        raise OutputError(f"{target}: cannot be written: {reason}{kept}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _refuse_files(target: Path, overwrite: bool) -> None:

@@ -43,15 +43,7 @@ class ModelGraph:
 
     def __init__(self, model: nn.Module, example: torch.Tensor, ties: dict[str, list[str]] | None = None) -> None:
         self.model = model
-        with eval_mode(model), torch.no_grad(), _quiet():
-            try:
-                self.program = torch.export.export(model, (example,), strict=False)
-            except Exception as error:  # export raises whatever the model's own code runs into
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                raise ModelRefusedError(
-                    f"{type(model).__name__}: torch.export cannot trace the forward pass on images of "
-                    f"{list(example.shape[1:])} ({reason[0]})"
-                ) from error
+        self.program = export_program(model, example)
         signature = self.program.graph_signature
         self.attributes: dict[str, str] = {
             **signature.inputs_to_parameters,
@@ -98,6 +90,35 @@ class ModelGraph:
         if len(inputs) != 1 or len(outputs) != 1:
             raise ModelRefusedError(f"{path}: reads {len(inputs)} values and gives {len(outputs)}, not one of each")
         return Call(path, tuple(nodes), next(iter(inputs)), outputs[0])
+
+
+def export_program(model: nn.Module, example: torch.Tensor, dynamic: bool = False) -> torch.export.ExportedProgram:
+    """Return the exported forward pass of a model in eval mode.
+
+    Args:
+        model: any module whose forward takes one image batch `[B, C, H, W]`.
+        example: the batch to export with; its shape is baked into the graph.
+        dynamic: leave B open; the example then has at least two images, since export takes a 1 for a constant.
+
+    Raises:
+        ModelRefusedError: the model cannot be exported, or not with B open.
+    """
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    with eval_mode(model), torch.no_grad(), quiet():
+        try:
+            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+        except Exception as error:  # export raises whatever the model's own code runs into
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            if not dynamic:
+                raise ModelRefusedError(
+                    f"{type(model).__name__}: torch.export cannot trace the forward pass on images of "
+                    f"{list(example.shape[1:])} ({reason[0]})"
+                ) from error
+            refused, why = reason[0], error
+    export_program(model, example)  # if this fails too, the batch size is not the reason
+    raise ModelRefusedError(
+        f"{type(model).__name__}: torch.export cannot leave the batch size open ({refused}); fix it with --static N"
+    ) from why
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
@@ -210,8 +231,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # Export talks about its own internals; what concerns the user becomes a ModelRefusedError.
+def quiet() -> Iterator[None]:
+    """Keep exporters from talking about their own internals; what concerns the user becomes an error of ours."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.ERROR))
     try:

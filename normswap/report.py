@@ -211,6 +211,11 @@ class ConversionReport:
         return self.stages[0].top1 - self.stages[-1].top1
 
     @property
+    def stayed(self) -> dict[str, str]:
+        """Why each LayerNorm that is still there is there, by module path."""
+        return {site["path"]: site["reason"] for site in self.plan if site["verdict"] == "keep"}
+
+    @property
     def calibration_passes(self) -> float | None:
         """What calibration cost, in plain forward passes of the original over the same images."""
         calibrate, forward = self.seconds.get("calibrate"), self.seconds.get("forward_pass")

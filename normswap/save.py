@@ -170,6 +170,18 @@ def is_output_folder(path: Path) -> bool:
     return (path / RECORD).is_file()
 
 
+def kept_norms(path: Path) -> list[str]:
+    """Return the module paths of the LayerNorms that stayed in an output folder's model.
+
+    Raises:
+        CheckpointError: the folder's record cannot be read.
+    """
+    try:
+        return list(json.loads((path / RECORD).read_text())["edits"]["keep"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path / RECORD}: cannot be read ({type(error).__name__}: {error})") from error
+
+
 def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
     edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": [], "buffers": []}

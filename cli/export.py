@@ -1,0 +1,205 @@
+"""``normswap export``: a converted model as an ONNX or PyTorch graph, checked against the model."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import options as o
+from .console import Console, NormswapCommand
+
+# The library's own lists cannot be imported here: they come with torch. A test holds these equal to them.
+FORMATS = ("onnx", "pt2")
+_DTYPES = ("fp32", "fp16")
+EVAL_SAMPLES = 500
+
+
+@click.command(cls=NormswapCommand)
+@click.argument("folder", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--format", type=click.Choice(FORMATS), default="onnx", show_default=True, help="ONNX, or torch.export's own"
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="file to write  [model.onnx, model.fp16.onnx, ... in OUT]"
+)
+@click.option("--overwrite", is_flag=True, help="replace the file")
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES),
+    default="fp32",
+    show_default=True,
+    help="fp16: weights, input and output in half precision, every tensor checked for overflow",
+)
+@click.option("--opset", type=click.IntRange(7), help="ONNX operator set; 18 is the one torch writes best  [18]")
+@click.option("--static", type=click.IntRange(1), metavar="N", help="fixed shapes, N images at once, as NPUs want them")
+@click.option("--external-data", is_flag=True, help="ONNX weights in a file of their own, as beyond 2 GB always")
+@click.option("--atol", type=float, help="exit 4 if an output differs by more from float32 PyTorch  [0.001; fp16: 0.1]")
+@click.option("--int8", is_flag=True, help="also measure what static INT8 quantisation would cost; nothing is saved")
+@click.option(
+    "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="images that set the INT8 ranges"
+)
+@click.option("--train-split", default="train", show_default=True, help="split they come from, if there is one")
+@o.against_options()
+@o.architecture_options(required=False)
+@o.weights_options()
+@o.image_options(eval_samples=EVAL_SAMPLES)
+@o.output_options()
+def export(**options: Any) -> None:
+    """Write a model as one graph for deployment, run the file, and compare it with PyTorch on images.
+
+    OUT is a folder that convert wrote. Any other model is named by -m, with -o for the file.
+
+    \b
+    normswap export out --data-dir images
+    normswap export out --data-dir images --dtype fp16 --against local-dir:my-model
+    normswap export out --data-dir images --format pt2
+    """
+    folder, model = options["folder"], options["model"]
+    if (folder is None) == (model is None):
+        raise click.UsageError("Give either OUT, a folder that convert wrote, or -m MODEL.")
+    if folder is None and options["output"] is None:
+        raise click.UsageError("Missing option '-o' / '--output': the file to write, as -m names no folder for it.")
+    console = Console(options["as_json"], options["quiet"])
+    name = f"local-dir:{folder}" if model is None else model
+    console.say("load", name)
+    from normswap.errors import ArgumentError, CheckFailedError
+    from normswap.export import check_export
+    from normswap.pipeline import is_converted, open_model
+
+    if folder is not None and not is_converted(name):
+        raise ArgumentError(f"{folder}: no normswap.json in it; any other model goes by -m local-dir:{folder} -o FILE")
+    path = options["output"] or default_path(folder, options["format"], options["dtype"])
+    check_export(path, options["format"], options["dtype"], options["overwrite"])
+    device = o.pick_device(options["device"])
+    own = {} if options["against"] is not None and is_converted(name) else o.architecture(options)
+    opened = open_model(name, **o.weights(options), **own).to(device)
+    original = None
+    if options["against"] is not None:
+        console.say("load", options["against"])
+        original = open_model(
+            options["against"],
+            pretrained=options["against_pretrained"],
+            checkpoint=options["against_checkpoint"],
+            **({} if is_converted(options["against"]) else o.architecture(options)),
+        ).to(device)
+    images = int8_images = None
+    if options["data_dir"] is not None or options["dataset"]:
+        images, int8_images = _images(opened, options)
+    elif options["int8"]:
+        raise ArgumentError("--int8 needs images: give --data-dir")
+    try:
+        report = write(console, opened, path, name, options, images, original, int8_images)
+    except CheckFailedError as error:
+        show(console, error.report, options["verbose"])
+        raise
+    show(console, report, options["verbose"])
+    _say_what_next(console, options, report)
+
+
+def default_path(folder: Path, format: str, dtype: str = "fp32") -> Path:
+    return folder / (f"model.{format}" if dtype == "fp32" else f"model.{dtype}.{format}")
+
+
+def write(
+    console: Console,
+    model: Any,
+    path: Path,
+    name: str,
+    options: dict[str, Any],
+    images: Any,
+    original: Any = None,
+    int8_images: Any = None,
+) -> Any:
+    """Export a model, with a bar on a terminal; ``convert --export`` ends here too, with fewer options."""
+    from normswap.export import DEFAULT_OPSET, export_model
+    from normswap.pipeline import is_converted
+    from normswap.save import kept_norms
+
+    if images is None:
+        console.say(
+            "note", "no --data-dir: compared on random images; they show that the translation is right, no more"
+        )
+    else:
+        console.say("compare", f"on {images.description}")
+    with console.progress() as progress:
+        return export_model(
+            model,
+            path,
+            images,
+            options["format"],
+            dtype=options.get("dtype", "fp32"),
+            opset=options.get("opset") or DEFAULT_OPSET,
+            static=options.get("static"),
+            external_data=options.get("external_data", False),
+            atol=options.get("atol"),
+            original=original,
+            int8_images=int8_images,
+            kept=kept_norms(Path(name.removeprefix("local-dir:"))) if is_converted(name) else None,
+            overwrite=options["overwrite"],
+            name=name,
+            progress=progress,
+        )
+
+
+def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the images to compare on, and those that set INT8 ranges if they are asked for."""
+    from normswap.data import load_images, load_splits
+
+    if not options["int8"]:
+        images = load_images(model, options["data_dir"], options["split"], **o.data(options))
+        return images.draw(options["eval_samples"], options["seed"]), None
+    splits = load_splits(model, options["data_dir"], options["train_split"], options["split"], **o.data(options))
+    train, images = splits
+    return (
+        images.draw(options["eval_samples"], options["seed"]),
+        train.draw(options["calib_samples"], options["seed"]),
+    )
+
+
+def show(console: Console, report: Any, verbose: int) -> None:
+    """Say what was found, and print the data."""
+    if report is not None:
+        console.result(report.to_json(), *tell(console, report, verbose))
+
+
+def tell(console: Console, report: Any, verbose: int) -> list[Any]:
+    """Say what was found; return the tables."""
+    from normswap.report import stages_table, table
+
+    opset = f", opset {report.opset}" if report.opset else ""
+    console.say("graph", f"{report.graph.line()}; {report.dtype}{opset}, input {list(report.input_shape)}")
+    console.say("compare", report.comparison.line())
+    for line in [] if report.half is None else report.half.lines():
+        console.say("fp16", line)
+    tables = [table(["node", "count"], [[k, str(v)] for k, v in report.graph.nodes.items()], right=["count"])]
+    if report.half is not None:
+        rows = [[t.tensor, _size(t.largest), _size(t.original)] for t in report.half.tensors[: None if verbose else 10]]
+        tables.append(table(["largest in FP16's range", "here", "original"], rows, right=["here", "original"]))
+    if report.int8 is not None:
+        console.say("int8", f"a check, nothing is saved: {report.int8.scheme}")
+        tables.append(stages_table(report.int8.stages))
+    return tables
+
+
+def _size(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def say_files(console: Console, report: Any) -> None:
+    """Say what was written and which LayerNorms are in it."""
+    console.say("wrote", f"{', '.join(report.files)} ({report.size / 1e6:.1f} MB)")
+    if report.layer_norms:
+        console.say("stayed", f"{len(report.layer_norms)} LayerNorms: {', '.join(report.layer_norms)}")
+
+
+def _say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:
+    say_files(console, report)
+    source = options["folder"] or f"-m {options['model']} -o FILE"
+    data = f" --data-dir {options['data_dir'] or 'IMAGES'}"
+    if options["dtype"] == "fp32":
+        against = f" --against {options['against'] or 'ORIGINAL'}"
+        console.say("next", f"normswap export {source} --format {report.format} --dtype fp16{data}{against}")
+    elif report.format == "onnx":
+        console.say("next", f'onnxruntime.InferenceSession("{report.files[0]}").run(None, {{"images": float16 array}})')
+    else:
+        console.say("next", f'torch.export.load("{report.files[0]}").module()')
