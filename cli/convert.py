@@ -91,8 +91,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap.atomic import check_target
     from normswap.data import load_splits
     from normswap.errors import ArgumentError, CheckFailedError
-    from normswap.page import check_extra
     from normswap.onnxfile import require_onnx
+    from normswap.page import check_extra
     from normswap.save import check_saveable
 
     if options["report"]:
