@@ -123,7 +123,7 @@ def export_model(
         model: a timm model in float32, with or without LayerNorms.
         path: the file, ending in .onnx or .pt2.
         images: what the comparison is made on: any iterable of batches `[B, C, H, W]`, or of pairs with labels `[B]`.
-            Default: 16 random images, nearly grey, which say whether the translation is right, and nothing about FP16 or INT8.
+            Default: 16 random images, nearly grey, which say whether the translation is right, no more.
         format: "onnx", by torch's dynamo exporter and run in ONNX Runtime, or "pt2", by `torch.export.save`.
         dtype: "fp32", or "fp16" for weights, input and output in half precision; with `normswap.fp16.check_fp16`.
         opset: of ONNX.
