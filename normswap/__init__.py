@@ -30,8 +30,8 @@ from .plan import Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
-from .speed import Benchmark
 from .swap import swap_norms
+from .throughput import Benchmark
 
 __version__ = "0.1.0"
 

@@ -42,7 +42,7 @@ ROAD = (
     "card",
     "save",
     "timing",
-    "speed",
+    "throughput",
     "variants",
     "engines",
     "benchmark",
