@@ -97,7 +97,7 @@ def benchmark(
     from normswap.engines import has_onnxruntime
     from normswap.errors import ArgumentError
     from normswap.pipeline import is_converted, open_model
-    from normswap.speed import check_file
+    from normswap.throughput import check_file
 
     if csv_file is not None:
         check_file(csv_file)

@@ -32,9 +32,9 @@ from .plan import Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import load
-from .speed import Benchmark
 from .swap import swap_norms
 from .swapped import Swapped, load_swapped, save_swapped
+from .throughput import Benchmark
 
 __version__ = "0.1.0"
 

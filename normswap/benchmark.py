@@ -12,7 +12,7 @@ from .calibrate import Progress, no_progress
 from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, prepare, workplace
 from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
-from .speed import VARIANTS, Benchmark, Timing
+from .throughput import VARIANTS, Benchmark, Timing
 from .timing import (
     Clock,
     cpu_clock,

@@ -14,7 +14,7 @@ from normswap.benchmark import ENGINES, _rounds, benchmark_models
 from normswap.demo import MODEL
 from normswap.engines import Runnable, _activations, prepare
 from normswap.norm import TokenAffine
-from normswap.speed import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
+from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 from normswap.variants import differences, norm_free, stand_in
 
 from .models import family, images, randomise_statistics

@@ -51,7 +51,7 @@ ROAD = (
     "save",
     "swapped",
     "timing",
-    "speed",
+    "throughput",
     "variants",
     "engines",
     "benchmark",

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normswap.speed import AGAIN, BOUND, FUSED, ORIGINAL, Benchmark, Timing
+from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, Benchmark, Timing
 from normswap.timing import (
     MOST_STEPS,
     TURN_SECONDS,
