@@ -49,7 +49,7 @@ _POSITIONS = ("pre-act", "post-act", "none")
     "--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed"
 )
 @click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
-@click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
+@o.budget_options()
 @click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
 @o.finetune_options()
 @click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
@@ -93,6 +93,9 @@ def run(console: Console, options: dict[str, Any]) -> None:
         train_labels=training is not None and training.labels > 0,
         **o.data(options),
     )
+    budget = {name: options[name] for name in ("max_drop", "min_agreement", "max_keep", "max_evaluations")}
+    if options["save_best"] and options["max_drop"] is None and options["min_agreement"] is None:
+        raise ArgumentError("--save-best goes with --max-drop or --min-agreement")
     if options["max_drop"] is not None and evaluation.num_classes is None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
     plan = make_plan(model, options["keep"], input_size=images.input_size)
@@ -126,7 +129,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 reconstruct=options["reconstruct"],
                 memory_budget=options["memory_budget"],
                 atol=options["atol"],
-                max_drop=options["max_drop"],
+                **budget,
                 amp_dtype=o.amp_dtype(options),
                 finetune_options=training,
                 finetune_images=train,
@@ -138,14 +141,23 @@ def run(console: Console, options: dict[str, Any]) -> None:
             )
             if not is_first():
                 return
-            overrides = o.preprocessing(options)
-            command = ["normswap", *sys.argv[1:]]
-            result.save(out, options["overwrite"], sources, command, overrides or None)
+            _save(result, options, sources)
     except CheckFailedError as error:
+        best, text = error.conversion, str(error)
+        if best is not None:
+            text += ": not saved"
+            if options["save_best"] and is_first():
+                _save(best, options, sources)
+                text = f"{error}: saved all the same as {out}"
         _show(console, error.report, options["verbose"])
-        raise
+        raise CheckFailedError(text) from error
     _show(console, result.report, options["verbose"])
     _say_what_next(console, options, result.report, out)
+
+
+def _save(result: Any, options: dict[str, Any], sources: list[Path]) -> None:
+    command = ["normswap", *sys.argv[1:]]
+    result.save(options["output"], options["overwrite"], sources, command, o.preprocessing(options) or None)
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:
@@ -161,6 +173,7 @@ def _readers_only(options: dict[str, Any]) -> bool:
 def _show(console: Console, report: Any, verbose: int) -> None:
     if report is None:
         return
+    from normswap.budget import trade_line, trade_table
     from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table
 
     if report.calibration_passes is not None:
@@ -171,6 +184,11 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         console.say("finetune", report.finetuning.line())
     for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
         console.say("kept", line)
+    stay = [site["path"] for site in report.plan if site["verdict"] == "keep"]
+    if stay:
+        console.say("LayerNorm", f"{len(stay)} of {len(report.plan)} stay: {', '.join(stay)}")
+    if report.budget is not None:
+        console.say("budget", trade_line(report.budget))
     scarce = scarce_rows(report.layers)
     if scarce:
         console.say("scarce", scarce)
@@ -188,6 +206,8 @@ def _show(console: Console, report: Any, verbose: int) -> None:
         tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
     if report.stream:
         tables.append(stream_table(report.stream, every=verbose > 0))
+    if report.budget is not None:
+        tables.append(trade_table(report.budget))
     if report.stages:
         tables.append(stages_table(report.stages))
     console.result(report.to_json(), *tables)

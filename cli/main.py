@@ -7,6 +7,7 @@ from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .plan import inspect
+from .push import push
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=GROUP_EPILOG)
@@ -18,5 +19,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, evaluate):
+for command in (demo, inspect, convert, evaluate, push):
     cli.add_command(command)

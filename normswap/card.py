@@ -1,5 +1,11 @@
 """The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .budget import COLUMNS, trade_line, trade_rows, trade_title
 from .report import STREAM_COLUMNS, STREAM_TITLE, ConversionReport, StageMetrics, kept_layers, number, stream_rows
 
 _STOCK = """Plain timm loads it; normswap is not needed:
@@ -21,24 +27,48 @@ model = normswap.load("PATH")
 """
 
 
-def model_card(report: ConversionReport, license_name: str | None) -> str:
-    """Return the text of README.md."""
-    front = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- image-classification"]
-    front += ["- timm", "- normswap"]
-    if license_name:
-        front.append(f"license: {license_name}")
-    front.append("---")
+# timm's licences that the Hub knows by name, and the usual ones; any other is "other" there, with its name beside it.
+_HUB_LICENSES = set(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
+    "apple-ascl apple-amlr gemma fair-noncommercial-research-license openrail unknown other".split()
+)
+
+
+def metadata(config: Mapping[str, Any]) -> ModelCardData:
+    """Return what the Hub reads at the head of a model card.
+
+    Args:
+        config: timm's ``pretrained_cfg`` of the original. It tells the licence, which a conversion does not change,
+            and where the weights came from, if that is on the Hub.
+    """
+    name = config.get("license")
+    known = name is None or name in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "normswap"],
+        license=name if known else "other",
+        license_name=None if known else name,
+        base_model=config.get("hf_hub_id") if config.get("source") == "hf-hub" else None,
+    )
+
+
+def model_card(report: ConversionReport, config: Mapping[str, Any]) -> str:
+    """Return the text of README.md; ``config`` as in `metadata`."""
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
     load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
     lines = [
-        *front,
+        "---",
+        metadata(config).to_yaml(),
+        "---",
         "",
         f"# {report.architecture} without LayerNorm",
         "",
         f"normswap {report.versions['normswap']} replaced LayerNorm by BatchNorm and folded it into the neighbouring",
         f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
         "",
+        *_kept(report),
         f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
         *(f"- {line}" for line in kept_layers(report.layers)),
         f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
@@ -47,6 +77,7 @@ def model_card(report: ConversionReport, license_name: str | None) -> str:
         "",
         *_stage_rows(report.stages),
         "",
+        *_budget(report),
         *_where_it_was_lost(report),
         "## Loading",
         "",
@@ -71,6 +102,21 @@ def _stage_rows(stages: list[StageMetrics]) -> list[str]:
         cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _kept(report: ConversionReport) -> list[str]:
+    stay = [site["path"] for site in report.plan if site["verdict"] == "keep"]
+    return [f"- LayerNorms that stay: {', '.join(f'`{path}`' for path in stay)}"] if stay else []
+
+
+def _budget(report: ConversionReport) -> list[str]:
+    if report.budget is None:
+        return []
+    title, line = trade_title(report.budget), trade_line(report.budget)
+    rows = [f"| {' | '.join(cells)} |" for cells in trade_rows(report.budget)]
+    header = f"| {' | '.join(COLUMNS)} |"
+    text = "Which LayerNorms stay was chosen on the images that the table is measured on, which flatters it a little."
+    return ["## Accuracy budget", "", f"{title}: {line}.", "", header, f"|{'---:|' * 8}---|", *rows, "", text, ""]
 
 
 def _cost(report: ConversionReport) -> str:

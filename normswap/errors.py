@@ -41,6 +41,10 @@ class OutputError(NormswapError, OSError):
     """The output folder cannot be written; what stood there before still stands."""
 
 
+class HubError(NormswapError, OSError):
+    """The Hugging Face Hub cannot be reached, or refused what was asked."""
+
+
 class MissingExtraError(NormswapError, ImportError):
     """A package that only some commands need is not installed; names the extra that brings it."""
 
@@ -60,7 +64,10 @@ class CheckFailedError(NormswapError, AssertionError):
 
     Attributes:
         report: the `ConversionReport` up to that point, or None.
+        conversion: the best `Conversion` there was, if all that is wrong with it is its accuracy; else None. The
+            caller may save it all the same.
     """
 
     exit_code = EXIT_CHECK_FAILED
     report: object | None = None
+    conversion: object | None = None

@@ -68,7 +68,7 @@ def save_folder(
             loaded, report.stock_timm = _load_with_timm(folder)
         record = {"format": FORMAT, "edits": edits, "command": command, "report": report.to_json()}
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license")))
+        (folder / CARD).write_text(model_card(report, pretrained_cfg(model)))
         _prove(out, model, loaded or load(folder), probe)
 
 
