@@ -20,6 +20,8 @@ from .trade import SiteCost, Trade, Trial
 MAX_EVALUATIONS = 8
 COLUMNS = ("LayerNorms kept", "top-1 %", "drop", "same answer %", "+- at most", "KL", "seconds", "try", "")
 
+_CHEAPEST = 2
+
 T = TypeVar("T")
 
 
@@ -99,7 +101,7 @@ class Budget:
         """Return each loss, its limit and the words for a miss."""
         limits = []
         if self.max_drop is not None and first.top1 is not None and last.top1 is not None:
-            drop = round(first.top1 - last.top1, 9)  # 76.7 - 75.7 is 1, not 1.0000000000000142
+            drop = round(first.top1 - last.top1, 5)  # 1.0000001 for what is 1: shares come from float32
             words = f"top-1 fell by {drop:.2f} points, more than --max-drop {self.max_drop:g}"
             limits.append((drop, self.max_drop, words))
         if self.min_agreement is not None and last.agreement is not None:
@@ -155,21 +157,23 @@ class Search(Generic[T]):
         """Find the smallest k for which the k dearest LayerNorms are enough."""
         low, high, known = 0, self.trade.max_keep, False  # low fails; known: high holds
         while self._left and high - low > known:
-            if known:
-                k = (low + high) // 2
-            else:  # the last evaluation, if none held yet, goes to the most that may stay
-                k = high if self._left == 1 else (low + high + 1) // 2
+            # The last evaluation, if none held yet, goes to the most that may stay.
+            k = high if not known and self._left == 1 else (low + high + (not known)) // 2
             if self._try(ranked[:k]):
                 high, known = k, True
             else:
                 low = k
 
     def _thin_out(self) -> None:
-        """Let one more LayerNorm go at a time, the one that costs least in the best conversion so far."""
+        """Let one more LayerNorm go at a time, the one that costs least in the best conversion so far.
+
+        The first ranking was made with all others in place, this one is made where they are gone. Where the two
+        cheapest are too dear, the others will be.
+        """
         while self._left and self.trade.best.shortfall <= 0 and self.trade.best.put_back:
             kept = [site for site in self.candidates if site in self.tried[self.trade.chosen]]
             costs = sorted(self.costs(self.best, kept), key=lambda cost: cost.kl)
-            fewer = [[site for site in kept if site != cost.site] for cost in costs]
+            fewer = [[site for site in kept if site != cost.site] for cost in costs[:_CHEAPEST]]
             if not any(self._left and self._try(sites) for sites in fewer if set(sites) not in self.tried):
                 return
 

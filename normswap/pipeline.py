@@ -25,7 +25,6 @@ from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
-from .swap import swap_norms
 from .trials import Attempt, Trials
 
 DEFAULT_METHOD = "reconstruct"
@@ -152,11 +151,10 @@ def convert(
     total = len(eval_images) if isinstance(eval_images, ImageSet) else count
 
     choices = (method, ffn_bn, reconstruct, memory_budget)
-    trade, answers = None, None
+    trade, answers = None, dict[int, torch.Tensor]()
     if budget.limit(len(plan.swapped_sites)):
         if isinstance(source, Iterator):  # it is gone through more than once
             source = list(source)
-        answers = {}
         with clock("search"):
             trials = Trials(budget, original, plan, batches, choices, source, amp_dtype, answers, progress, total)
             trade, chosen = trials.search()
@@ -205,7 +203,7 @@ def convert(
     stages = {"original": original, **controls, "swapped": swapped, "calibrated": calibrated}
     stages |= ({"finetuned": trained} if finetuning is not None else {}) | {"fused": fused}
     with clock("evaluate"):
-        report.stages = evaluate_models(stages, source, amp_dtype, progress, total, answers)
+        report.stages = evaluate_models(stages, source, amp_dtype, progress, total, answers if trade else None)
     report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
     if eval_images is not None and not isinstance(eval_images, ImageSet):
         report.evaluation_data = _describe(eval_images, report.stages[0].n)

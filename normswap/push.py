@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import (
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -46,7 +47,7 @@ class Upload:
     kept: list[str]
     met: bool | None
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; the card's metadata in place of its text."""
         return {
             "repo_id": self.repo_id,
@@ -104,10 +105,10 @@ def prepare(
         card = ModelCard((folder / CARD).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: {RECORD} or {CARD} cannot be read: {_line(error)}") from error
-    if card.data.library_name != "timm":
+    if card.data.get("library_name") != "timm":
         raise CheckpointError(f"{folder / CARD}: its metadata does not say library_name: timm; convert again")
     if base_model is not None:
-        card.data.base_model = base_model
+        card.data["base_model"] = base_model
     card.text = _from_hub(card.text, repo_id, revision)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder): path for path in paths}
