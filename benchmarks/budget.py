@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py -m local-dir:MODEL --data-dir IMAGES [--max-drop 1.0] [--methods channel reconstruct]
 
-Writes docs/budget.json after each method, skips methods that are there (delete the file to start over), and prints the
-tables as Markdown. ``--rankings 2 4 6`` compares ways to rank the LayerNorms instead, with so many of them kept.
+Writes docs/budget.json after each method, skips what is there for the architecture (delete it to start over), and
+prints the tables as Markdown. ``--rankings 2 4 6`` compares ways to rank the LayerNorms instead, with so many of them kept.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 import normswap
 from normswap.budget import COLUMNS, trade_line, trade_rows
 from normswap.data import load_splits
-from normswap.plan import keep_more
+from normswap.plan import keep_more, model_name
 from normswap.rank import site_costs
 from normswap.report import versions
 from normswap.trade import SiteCost, Trade, Trial
@@ -44,13 +44,14 @@ def main() -> None:
     calibration = train.draw(arguments.calib_samples, arguments.seed)
     if arguments.eval_samples:
         validation = validation.draw(arguments.eval_samples, arguments.seed)
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = results.setdefault(model_name(model), {})
     for method in arguments.methods:
         key = f"rankings, {method}" if arguments.rankings else method
         if key not in found:
             take = rankings if arguments.rankings else measure
             found[key] = take(model, calibration, validation, method, arguments)
-            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         (show_rankings if arguments.rankings else show)(method, found[key])
 
 

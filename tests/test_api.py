@@ -72,7 +72,7 @@ def test_convert_never_prints_and_tells_its_progress(capfd):
         (batch for batch in x.split(5)),
         eval_images=([batch, batch.flatten(1).argmax(1) % 7] for batch in x.split(4)),
         min_agreement=0.0,
-        finetune_options=normswap.FinetuneOptions(epochs=1),
+        finetune_options=normswap.FinetuneOptions(epochs=1, batch_size=4),
         finetune_images=(batch for batch in x.split(6)),
         progress=lambda what, done, total: told.append((what, done, total)),
     )
@@ -146,6 +146,7 @@ FEW = ("--method", "channel", "--calib-samples", "64", "--eval-samples", "90", "
 def test_example_deploy_ships_what_holds(tmp_path):
     out = tmp_path / "out"
     command = [*DEPLOY, "-o", str(out), "--max-drop", "5", "--max-keep", "6", "--repo-id", "user/digits", *FEW]
+    command += ["--max-evaluations", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kept = json.loads((out / "normswap.json").read_text())["report"]["kept"]
