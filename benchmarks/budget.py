@@ -3,7 +3,7 @@
     python benchmarks/budget.py -m local-dir:MODEL --data-dir IMAGES [--max-drop 1.0] [--methods channel reconstruct]
 
 Writes docs/budget.json after each method, skips what is there for the architecture (delete it to start over), and
-prints the tables as Markdown. ``--rankings 2 4 6`` compares ways to rank the LayerNorms instead, with so many of them kept.
+prints the tables as Markdown. ``--rankings 2 4 6`` compares ways to rank the LayerNorms instead, so many kept.
 """
 
 import argparse
