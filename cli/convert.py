@@ -50,7 +50,7 @@ _POSITIONS = ("pre-act", "post-act", "none")
     "--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed"
 )
 @click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
-@click.option("--max-drop", type=float, metavar="PTS", help="exit 4 if top-1 falls by more points")
+@o.budget_options()
 @click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
 @o.finetune_options()
 @click.option("--control", is_flag=True, help="also fine-tune the unconverted model alike")
@@ -118,6 +118,9 @@ def run(console: Console, options: dict[str, Any]) -> None:
         train_labels=training is not None and training.labels > 0,
         **o.data(options),
     )
+    budget = {name: options[name] for name in ("max_drop", "min_agreement", "max_keep", "max_evaluations")}
+    if options["save_best"] and options["max_drop"] is None and options["min_agreement"] is None:
+        raise ArgumentError("--save-best goes with --max-drop or --min-agreement")
     if options["max_drop"] is not None and evaluation.num_classes is None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
     plan = make_plan(model, options["keep"], input_size=images.input_size)
@@ -154,7 +157,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 reconstruct=options["reconstruct"],
                 memory_budget=options["memory_budget"],
                 atol=options["atol"],
-                max_drop=options["max_drop"],
+                **budget,
                 amp_dtype=o.amp_dtype(options),
                 finetune_options=training,
                 finetune_images=train,
@@ -168,14 +171,16 @@ def run(console: Console, options: dict[str, Any]) -> None:
             )
             if not is_first():
                 return
-            overrides = o.preprocessing(options)
-            command = ["normswap", *sys.argv[1:]]
-            result.save(out, options["overwrite"], sources, command, overrides or None, options["report"])
-            if options["save_swapped"] is not None:
-                result.save_swapped(options["save_swapped"], options["overwrite"], sources, command, overrides or None)
+            _save(result, options, sources)
     except CheckFailedError as error:
+        best, text = error.conversion, str(error)
+        if best is not None:
+            text += ": not saved"
+            if options["save_best"] and is_first():
+                _save(best, options, sources)
+                text = f"{error}: saved all the same as {out}"
         _show(console, error.report, options["verbose"])
-        raise
+        raise CheckFailedError(text) from error
     if options["export"] is None:
         _show(console, result.report, options["verbose"])
         _say_what_next(console, options, result.report, out)
@@ -207,6 +212,13 @@ def _export(console: Console, options: dict[str, Any], out: Path, report: Any, t
     export.say_files(console, exported)
 
 
+def _save(result: Any, options: dict[str, Any], sources: list[Path]) -> None:
+    settings = (options["overwrite"], sources, ["normswap", *sys.argv[1:]], o.preprocessing(options) or None)
+    result.save(options["output"], *settings, options["report"])
+    if options["save_swapped"] is not None:
+        result.save_swapped(options["save_swapped"], *settings)
+
+
 def _sources(options: dict[str, Any]) -> list[Path]:
     model = options["model"].removeprefix("local-dir:") if options["model"].startswith("local-dir:") else None
     paths = (model, options["checkpoint"], options["data_dir"], options["class_map"])
@@ -226,6 +238,7 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
     """Say what was found; return the tables."""
     from rich.markup import escape
 
+    from normswap.budget import trade_line, trade_table
     from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
     from normswap.summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
 
@@ -240,6 +253,10 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
         console.say("fit", fit)
     for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
         console.say("kept", line)
+    if report.stayed:
+        console.say("stayed", f"{len(report.stayed)} of {len(report.plan)} LayerNorms: {', '.join(report.stayed)}")
+    if report.budget is not None:
+        console.say("budget", trade_line(report.budget))
     scarce = scarce_rows(report.layers)
     if scarce:
         console.say("scarce", scarce)
@@ -261,6 +278,8 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
         rows = worst_rows(report.worst, None if verbose else 3)
         cells = [[escape(cell) for cell in row] for row in rows]
         tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
+    if report.budget is not None:
+        tables.append(trade_table(report.budget))
     if report.stages:
         tables.append(stages_table(report.stages))
     return tables
@@ -277,8 +296,6 @@ def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: 
         why = f"it could not be made, as normswap report {out} will tell"
         missing = f"pip install 'normswap[report]', then normswap report {out}"
         console.say("report", f"no {PAGE}: {why if can_render() else missing}")
-    if report.stayed:
-        console.say("stayed", f"{len(report.stayed)} LayerNorms: {', '.join(report.stayed)}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")

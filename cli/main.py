@@ -10,6 +10,7 @@ from .evaluate import evaluate
 from .export import export
 from .finetune import finetune, fuse
 from .plan import inspect
+from .push import push
 from .report import report
 
 
@@ -22,5 +23,5 @@ def cli() -> None:
     """
 
 
-for command in (demo, inspect, convert, finetune, fuse, evaluate, export, benchmark, report):
+for command in (demo, inspect, convert, finetune, fuse, evaluate, export, benchmark, report, push):
     cli.add_command(command)

@@ -144,6 +144,32 @@ def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
     )
 
 
+def budget_options() -> Callable[[F], F]:
+    return _all(
+        click.option(
+            "--max-drop",
+            type=float,
+            metavar="PTS",
+            help="lose at most so many points of top-1: LayerNorms stay as needed, exit 4 if that does not do",
+        ),
+        click.option(
+            "--min-agreement",
+            type=click.FloatRange(0, 100),
+            metavar="PCT",
+            help="the same for the percent of the original's answers kept; needs no labels",
+        ),
+        click.option("--max-keep", type=click.IntRange(0), help="LayerNorms that may stay for it; 0 only checks [any]"),
+        click.option(
+            "--max-evaluations",
+            type=click.IntRange(1),
+            default=8,
+            show_default=True,
+            help="conversions that may be tried for it",
+        ),
+        click.option("--save-best", is_flag=True, help="save the best of them even if it misses the budget"),
+    )
+
+
 def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = "those of calibration") -> Any:
     """Return the options of fine-tuning; ``prefix`` goes before the names that mean something else in convert."""
     return _all(

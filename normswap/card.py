@@ -1,7 +1,12 @@
 """The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
 
+from collections.abc import Mapping
 from html import escape
+from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from .budget import COLUMNS, trade_line, trade_rows, trade_title
 from .report import STREAM_COLUMNS, STREAM_TITLE, ConversionReport, StageMetrics, kept_layers, number, stream_rows
 from .summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
 
@@ -24,25 +29,48 @@ model = normswap.load("PATH")
 """
 
 
-def model_card(report: ConversionReport, license_name: str | None, page: bool = False) -> str:
+# timm's licences that the Hub knows by name, and the usual ones; any other is "other" there, with its name beside it.
+_HUB_LICENSES = set(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
+    "apple-ascl apple-amlr gemma fair-noncommercial-research-license openrail unknown other".split()
+)
+
+
+def metadata(config: Mapping[str, Any]) -> ModelCardData:
+    """Return what the Hub reads at the head of a model card.
+
+    Args:
+        config: timm's ``pretrained_cfg`` of the original. It tells the licence, which a conversion does not change,
+            and where the weights came from, if that is on the Hub.
+    """
+    name = config.get("license")
+    known = name is None or name in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "normswap"],
+        license=name if known else "other",
+        license_name=None if known else name,
+        base_model=config.get("hf_hub_id") if config.get("source") == "hf-hub" else None,
+    )
+
+
+def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool = False) -> str:
     """Return the text of README.md.
 
     Args:
         report: what was measured.
-        license_name: of the original, for the front matter.
+        config: as in `metadata`.
         page: whether report.html lies beside it.
     """
-    front = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- image-classification"]
-    front += ["- timm", "- normswap"]
-    if license_name:
-        front.append(f"license: {license_name}")
-    front.append("---")
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
     fit = fit_line(report.fits)
     load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
     lines = [
-        *front,
+        "---",
+        metadata(config).to_yaml(),
+        "---",
         "",
         f"# {report.architecture} {'with fewer LayerNorms' if report.stayed else 'without LayerNorm'}",
         "",
@@ -59,6 +87,7 @@ def model_card(report: ConversionReport, license_name: str | None, page: bool = 
         "",
         *_stage_rows(report.stages),
         "",
+        *_budget(report),
         *_where_it_was_lost(report),
         *_worst_images(report),
         "## Loading",
@@ -85,6 +114,16 @@ def _stage_rows(stages: list[StageMetrics]) -> list[str]:
         cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _budget(report: ConversionReport) -> list[str]:
+    if report.budget is None:
+        return []
+    title, line = trade_title(report.budget), trade_line(report.budget)
+    rows = [f"| {' | '.join(cells)} |" for cells in trade_rows(report.budget)]
+    header = f"| {' | '.join(COLUMNS)} |"
+    text = "Which LayerNorms stay was chosen on the images that the table is measured on, which flatters it a little."
+    return ["## Accuracy budget", "", f"{title}: {line}.", "", header, f"|{'---:|' * 8}---|", *rows, "", text, ""]
 
 
 def _cost(report: ConversionReport) -> str:

@@ -70,7 +70,10 @@ def load_model(
         raise ArgumentError(
             f"{model} was trained for {trained} classes; --num-classes {num_classes} would give it a random head"
         )
-    return _create(model, kwargs, pretrained=True).eval()
+    loaded: Any = _create(model, kwargs, pretrained=True).eval()
+    if source is None and loaded.pretrained_cfg.get("hf_hub_id"):
+        loaded.pretrained_cfg["source"] = "hf-hub"  # as timm notes for hf-hub: names; the model card cites it
+    return loaded
 
 
 def _resolve(

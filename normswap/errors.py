@@ -45,6 +45,10 @@ class BenchmarkError(NormswapError, RuntimeError):
     """A model that an engine cannot run here, so there is nothing to time; says which and why."""
 
 
+class HubError(NormswapError, OSError):
+    """The Hugging Face Hub cannot be reached, or refused what was asked."""
+
+
 class MissingExtraError(NormswapError, ImportError):
     """A package that only some commands need is not installed; names the extra that brings it."""
 
@@ -64,7 +68,10 @@ class CheckFailedError(NormswapError, AssertionError):
 
     Attributes:
         report: the `ConversionReport` up to that point, or None.
+        conversion: the best `Conversion` there was, if all that is wrong with it is its accuracy; else None. The
+            caller may save it all the same.
     """
 
     exit_code = EXIT_CHECK_FAILED
     report: object | None = None
+    conversion: object | None = None

@@ -78,6 +78,7 @@ def evaluate_models(
     progress: Progress = no_progress,
     total: int = 0,
     worst: WorstImages | None = None,
+    answers: dict[int, torch.Tensor] | None = None,
 ) -> list[StageMetrics]:
     """Measure several models on the same images; the first one is the reference for agreement and KL.
 
@@ -88,6 +89,8 @@ def evaluate_models(
         progress: called with ("evaluate", images done, ``total``).
         total: how many images there will be, for the progress.
         worst: is shown every image with the first and the last model's outputs, to keep those furthest apart.
+        answers: of the first model, by number of the batch: taken where there, else put there. So the original runs
+            once if it is measured against again and again on the same batches.
 
     Raises:
         ArgumentError: no images, or models that answer in different shapes.
@@ -98,15 +101,19 @@ def evaluate_models(
     classifier = getattr(first, "num_classes", 1) != 0
     done = 0
     with eval_mode(*models.values()):
-        for item in batches:
+        for number, item in enumerate(batches):
             images, labels = (item[0], item[1]) if isinstance(item, tuple | list) else (item, None)
             images = images.to(weight)
             labels = None if labels is None else labels.to(weight.device)
             reference: torch.Tensor | None = None
             for name, model in models.items():
+                known = answers.get(number) if answers and model is first else None
                 cast = torch.autocast(weight.device.type, amp_dtype) if amp_dtype else nullcontext()
                 with cast:
-                    logits = model(images).double().flatten(1)  # features of a headless model may be [B, N, C]
+                    output = model(images) if known is None else known
+                if answers is not None and model is first:
+                    answers[number] = output
+                logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
                 reference = logits if reference is None else reference
                 if logits.shape != reference.shape:
                     raise ArgumentError(f"{name} answers {list(logits.shape)}, the reference {list(reference.shape)}")

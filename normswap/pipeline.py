@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibrate import BATCH_SIZE, Progress, calibrate, check_method, no_progress, rebatched
+from .budget import MAX_EVALUATIONS, Budget
+from .calibrate import BATCH_SIZE, Progress, check_method, no_progress, rebatched
 from .checkpoint import load_model
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
@@ -24,8 +25,8 @@ from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
-from .swap import swap_norms
 from .swapped import save_swapped
+from .trials import Attempt, Trials
 from .worst import DEFAULT_COUNT, WorstImage, WorstImages
 
 DEFAULT_METHOD = "reconstruct"
@@ -102,6 +103,9 @@ def convert(
     memory_budget: int | None = None,
     atol: float = DEFAULT_ATOL,
     max_drop: float | None = None,
+    min_agreement: float | None = None,
+    max_keep: int | None = None,
+    max_evaluations: int = MAX_EVALUATIONS,
     amp_dtype: torch.dtype | None = None,
     finetune_options: FinetuneOptions | None = None,
     finetune_images: Iterable[Any] | None = None,
@@ -127,7 +131,11 @@ def convert(
         reconstruct: which layers "reconstruct" re-solves, "all" or "readers".
         memory_budget: bytes that calibration's activations may take in memory; the rest goes to disk.
         atol: largest absolute difference of an output that the fold may cause.
-        max_drop: largest tolerated loss of top-1, in points.
+        max_drop: largest tolerated loss of top-1, in points. If the conversion loses more, the LayerNorms that cost
+            most stay, as few as are found to do, see `normswap.budget`. Fine-tuning comes after that.
+        min_agreement: least percent of images with the original's answer, in the same way.
+        max_keep: how many LayerNorms may stay for it, beside those of ``keep``; 0 only checks; default: all but one.
+        max_evaluations: how many conversions may be tried for it.
         amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
         finetune_options: fine-tune after calibration, see `normswap.finetune`; default: do not.
         finetune_images: what to fine-tune on, in the form of ``images``; default: ``images``, one in ten of which
@@ -144,14 +152,16 @@ def convert(
         ModelRefusedError, NoLayerNormError: see `make_plan`.
         CalibrationError, FoldError: statistics, training or folded weights that are not finite.
         CheckpointError, OutputError, MissingExtraError: from `normswap.finetune`.
-        CheckFailedError: fused and unfused differ by more than ``atol``, or top-1 fell by more than ``max_drop``;
-            its ``report`` holds what was measured.
+        CheckFailedError: fused and unfused differ by more than ``atol``, or the accuracy budget is not met; its
+            ``report`` holds what was measured, and its ``conversion`` what misses nothing but the budget.
     """
     check_method(method, reconstruct)
+    budget = Budget(max_drop, min_agreement, max_keep, max_evaluations)
+    budget.check()
     if control and (finetune_options is None or finetune_options.labels == 0):
         raise ArgumentError("a control wants fine-tuning on labels; without them the original is its own teacher")
-    if math.isnan(atol) or (max_drop is not None and math.isnan(max_drop)):
-        raise ArgumentError("--atol and --max-drop are numbers; nan would never fail")
+    if math.isnan(atol):
+        raise ArgumentError("--atol is a number; nan would never fail")
     weight = next(model.parameters())
     items = list(images)
     held_out, parted = None if finetune_held_out is None else list(finetune_held_out), False
@@ -177,23 +187,34 @@ def convert(
             model(batch)
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
-    swapped = swap_norms(original, plan, ffn_bn)
-    calibrated = copy.deepcopy(swapped)
-    with clock("calibrate"):
-        fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, progress)
+    source = items if eval_images is None else eval_images
+    total = len(eval_images) if isinstance(eval_images, ImageSet) else count
+
+    choices = (method, ffn_bn, reconstruct, memory_budget)
+    trade, answers = None, dict[int, torch.Tensor]()
+    if budget.limit(len(plan.swapped_sites)):
+        if isinstance(source, Iterator):  # it is gone through more than once
+            source = list(source)
+        with clock("search"):
+            trials = Trials(budget, original, plan, batches, choices, source, amp_dtype, answers, progress, total)
+            trade, chosen = trials.search()
+    else:
+        chosen = Attempt.make(original, plan, batches, *choices, progress)
+    plan, swapped, calibrated, fitted = chosen.plan, chosen.swapped, chosen.calibrated, chosen.fitted
+    clock.seconds["calibrate"] = chosen.seconds
     trained, finetuning, controls = calibrated, None, {}
     if finetune_options is not None:
         trained = copy.deepcopy(calibrated)
-        source = items if finetune_images is None else finetune_images
-        source = list(source) if control else source
+        lessons = items if finetune_images is None else finetune_images
+        lessons = list(lessons) if control else lessons
         if control:
             controls = {"control": copy.deepcopy(original)}
             with clock("control"):
-                finetune(controls["control"], source, original, finetune_options, held_out=held_out, progress=progress)
+                finetune(controls["control"], lessons, original, finetune_options, held_out=held_out, progress=progress)
         with clock("finetune"):
             finetuning = finetune(
                 trained,
-                source,
+                lessons,
                 original,
                 finetune_options,
                 held_out=held_out,
@@ -221,6 +242,7 @@ def convert(
         stream=fitted.stream,
         reconstruct=reconstruct if method == "reconstruct" else None,
         finetuning=finetuning,
+        budget=trade,
         fold_max_abs_err=difference,
         created_biases=created_biases(original, fused),
         seconds=clock.seconds,
@@ -228,10 +250,9 @@ def convert(
     stages = {"original": original, **controls, "swapped": swapped, "calibrated": calibrated}
     stages |= ({"finetuned": trained} if finetuning is not None else {}) | {"fused": fused}
     with clock("evaluate"):
-        source = items if eval_images is None else eval_images
-        total = len(eval_images) if isinstance(eval_images, ImageSet) else count
         worst = WorstImages(worst_images)
-        report.stages = evaluate_models(stages, source, amp_dtype, progress, total, worst)
+        known = answers if trade else None
+        report.stages = evaluate_models(stages, source, amp_dtype, progress, total, worst, known)
     measured_on = eval_images if eval_images is not None else items if parted else images
     report.worst, thumbnails = pictured(worst, measured_on, model)
     report.skipped_images = sorted({n for s in (images, eval_images) if isinstance(s, ImageSet) for n in s.skipped})
@@ -239,14 +260,20 @@ def convert(
         report.evaluation_data = _describe(eval_images, report.stages[0].n)
     if not difference <= atol:
         raise _failed(report, f"{fold_problem(trained, batches, plan, difference, atol)}: not saved")
-    drop = report.top1_drop
-    if max_drop is not None and drop is None:
-        raise _failed(report, "--max-drop needs labels, and there are none: not saved")
-    if max_drop is not None and drop is not None and drop > max_drop:
-        raise _failed(report, f"top-1 fell by {drop:.2f} points, more than --max-drop {max_drop:g}: not saved")
     fused.train(model.training)
     edits = describe_edits(original, fused)
-    return Conversion(fused, report, plan, edits, batches[0], trained, meta_copy(original), thumbnails)
+    conversion = Conversion(fused, report, plan, edits, batches[0], trained, meta_copy(original), thumbnails)
+    first, last = report.stages[0], report.stages[-1]
+    missing = budget.missing(last)
+    if missing is not None:
+        raise _failed(report, f"{missing}: not saved")
+    problem = budget.problem(first, last)
+    if trade is not None:
+        trade.met = problem is None
+    if problem is not None:
+        tried = f", the best of {len(trade.trials)} tries with at most {trade.max_keep} put back" if trade else ""
+        raise _failed(report, f"{problem}{tried}", conversion)
+    return conversion
 
 
 def open_model(model: str, **kwargs: Any) -> nn.Module:
@@ -307,9 +334,9 @@ def fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, di
     return f"{text}; in float64 by {exact:.1g}, so the fold is right but this conversion amplifies rounding errors"
 
 
-def _failed(report: ConversionReport, text: str) -> CheckFailedError:
+def _failed(report: ConversionReport, text: str, conversion: Conversion | None = None) -> CheckFailedError:
     error = CheckFailedError(text)
-    error.report = report
+    error.report, error.conversion = report, conversion
     return error
 
 

@@ -7,7 +7,7 @@ names stay timm's.
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -183,6 +183,20 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     excluded = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
     sites = tuple(_sites(graph, paths, excluded))
     return Plan(model_name(model), size, sites, _ffns(graph), time.perf_counter() - start)
+
+
+def keep_more(model: nn.Module, plan: Plan, sites: Iterable[str], reason: str) -> Plan:
+    """Return ``plan`` with the LayerNorms at ``sites`` kept as well, and why.
+
+    The others are judged anew, since nothing folds through a LayerNorm that stays.
+    """
+    added = set(sites)
+    if not added:
+        return plan
+    stay = {site.path: site for site in plan.sites if site.verdict == KEEP}
+    fresh = make_plan(model, [*stay, *added], plan.input_size)
+    kept = {site.path: replace(site, reason=reason) for site in fresh.sites if site.path in added} | stay
+    return replace(fresh, sites=tuple(kept.get(site.path, site) for site in fresh.sites))
 
 
 def judge_norms(graph: ModelGraph, paths: Sequence[str]) -> dict[str, Verdict]:

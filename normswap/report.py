@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .provenance import versions
+from .trade import Trade
 from .worst import WorstImage
 
 
@@ -194,6 +195,7 @@ class ConversionReport:
     layers: list[LayerFit] = field(default_factory=list)
     stream: list[StreamError] = field(default_factory=list)
     finetuning: Finetuning | None = None
+    budget: Trade | None = None
     stages: list[StageMetrics] = field(default_factory=list)
     fold_max_abs_err: float | None = None
     created_biases: list[str] = field(default_factory=list)
@@ -224,12 +226,12 @@ class ConversionReport:
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; the keys are a contract and only grow."""
         record = asdict(self)
-        first = self.stages[0] if self.stages else None
-        last = self.stages[-1] if self.stages else None
+        first, last = (self.stages[0], self.stages[-1]) if self.stages else (None, None)
         record["before"] = _accuracy(first)
         record["after"] = _accuracy(last)
         record["agreement"] = last.agreement if last else None
         record["kl"] = last.kl if last else None
+        record["kept"] = list(self.stayed)
         record["non_finite"] = last.non_finite if last else 0
         record["calibration_passes"] = self.calibration_passes
         return plain(record)

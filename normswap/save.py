@@ -89,7 +89,7 @@ def save_folder(
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         page = page and _write_page(folder / PAGE, record)
-        (folder / CARD).write_text(model_card(report, pretrained_cfg(model).get("license"), page))
+        (folder / CARD).write_text(model_card(report, pretrained_cfg(model), page))
         _prove(out, model, loaded or load(folder), probe)
 
 

@@ -24,6 +24,7 @@ from .plan import FfnBn, Plan, make_plan
 from .report import ConversionReport, Finetuning, LayerFit, SiteFit, StageMetrics, StreamError
 from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_weights
 from .swap import swap_norms
+from .trade import SiteCost, Trade, Trial
 from .verdict import KEEP
 from .worst import Answer, WorstImage
 
@@ -148,6 +149,10 @@ def _report(record: dict[str, Any]) -> ConversionReport:
     for key, kind in kinds.items():
         setattr(found, key, [kind(**row) for row in record[key]])
     found.worst = [_worst(row) for row in record["worst"]]
+    if record["budget"] is not None:
+        lists = {"trials": Trial, "costs": SiteCost}
+        rows = {key: [kind(**row) for row in record["budget"][key]] for key, kind in lists.items()}
+        found.budget = Trade(**record["budget"] | rows)
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
     return found

@@ -1,15 +1,18 @@
 """The Python API as design and README show it, and the examples as they stand."""
 
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import normswap
+from normswap.demo import FOLDER, MODEL
 from normswap.swap import batch_norms
 
 from .models import family, images
@@ -59,6 +62,27 @@ def test_images_may_come_from_a_generator_once():
         torch.testing.assert_close(a.model(x), b.model(x), rtol=1e-3, atol=1e-4)
 
 
+def test_convert_never_prints_and_tells_its_progress(capfd):
+    """Whatever it does, search, fine-tuning and fold included: what it has to say goes through the callback."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=2, num_classes=7)
+    x = images(model, 12)
+    told = []
+    normswap.convert(
+        model,
+        (batch for batch in x.split(5)),
+        eval_images=([batch, batch.flatten(1).argmax(1) % 7] for batch in x.split(4)),
+        min_agreement=0.0,
+        finetune_options=normswap.FinetuneOptions(epochs=1, batch_size=4),
+        finetune_images=(batch for batch in x.split(6)),
+        progress=lambda what, done, total: told.append((what, done, total)),
+    )
+    assert capfd.readouterr() == ("", "")
+    assert all(isinstance(what, str) and 0 <= done <= total for what, done, total in told)
+    assert {what.partition(":")[0] for what, *_ in told} == {"forward pass", "search", "finetune", "evaluate"}
+    steps = {what.partition("; ")[2].partition(" ")[0].rstrip(":") for what, *_ in told if what.startswith("search")}
+    assert steps == {"calibrate", "evaluate"}
+
+
 def test_float64_folds_to_rounding_error():
     model = family("qk_norm_no_bias", torch.float64)
     assert normswap.convert(model, [images(model, 8)]).report.fold_max_abs_err < FOLD_FLOAT64
@@ -77,7 +101,7 @@ def test_checks_that_fail_carry_the_report():
     model = family("vit")
     data = [(images(model, 10), model(images(model, 10)).argmax(1))]
     with pytest.raises(normswap.CheckFailedError, match="--max-drop") as caught:
-        normswap.convert(model, data, "moments", max_drop=0.0)
+        normswap.convert(model, data, "moments", max_drop=0.0, max_keep=0)
     assert caught.value.exit_code == 4
     assert caught.value.report.top1_drop > 0
     with pytest.raises(normswap.CheckFailedError, match="in float64 by"):
@@ -113,3 +137,30 @@ def test_example_convert_with_the_api():
         [sys.executable, str(ROOT / "examples" / "convert_with_the_api.py")], capture_output=True, text=True, check=True
     )
     assert "loaded by plain timm, its outputs differ by 0" in done.stdout
+
+
+DEPLOY = (sys.executable, str(ROOT / "examples" / "deploy" / "deploy.py"), "-m", MODEL, "--data-dir", str(FOLDER))
+FEW = ("--method", "channel", "--calib-samples", "64", "--eval-samples", "90", "-j", "0", "--device", "cpu", "-q")
+
+
+def test_example_deploy_ships_what_holds(tmp_path):
+    out = tmp_path / "out"
+    command = [*DEPLOY, "-o", str(out), "--max-drop", "5", "--max-keep", "6", "--repo-id", "user/digits", *FEW]
+    command += ["--max-evaluations", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((out / "normswap.json").read_text())["report"]["kept"]
+    assert kept, "nothing had to stay, so the example shows nothing"
+    first, *files = done.stdout.splitlines()
+    assert first.startswith(f"ship {out}: top-1 ")
+    assert first.endswith(f"{len(kept)} LayerNorms stay: {', '.join(kept)}")
+    assert {line.split()[0] for line in files} >= {"README.md", "config.json", "model.safetensors", "normswap.json"}
+
+
+def test_example_deploy_passes_the_exit_code_on(tmp_path):
+    command = [*DEPLOY, "-o", str(tmp_path / "out"), "--max-drop", "-50", "--max-keep", "0", *FEW]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert done.stdout.startswith("not shipped: top-1 ")
+    assert done.stderr.splitlines()[-1].startswith("Error: top-1 ")
+    assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_help(command):
     assert told
     assert told.split(".")[0].split(":")[0] in " ".join(result.stdout.split())
     if command is None:
-        assert all(f"  {name} " in result.stdout for name in ("demo", "inspect", "convert", "evaluate"))
+        assert all(f"  {name} " in result.stdout for name in ("demo", "inspect", "convert", "evaluate", "push"))
         assert "Exit codes" in result.stdout
 
 
@@ -249,12 +249,13 @@ def test_dry_run_writes_nothing(tmp_path, target):
 
 
 def test_budget_exceeded(tmp_path):
-    result = run("convert", *DEMO, "-o", tmp_path / "out", "--max-drop", 0, "--json")
+    result = run("convert", *DEMO, "-o", tmp_path / "out", "--max-drop", 0, "--max-keep", 0, "--json")
     assert result.exit_code == 4
     record = one_object(result)
     drop = record["before"]["top1"] - record["after"]["top1"]
     assert drop > 0
     assert record["out"] is None
+    assert record["budget"] is None  # with nothing to put back there is no search
     last = result.stderr.splitlines()[-1]
     assert last == f"Error: top-1 fell by {drop:.2f} points, more than --max-drop 0: not saved"
     assert not list(tmp_path.iterdir())

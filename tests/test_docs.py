@@ -21,6 +21,15 @@ def test_every_command_is_in_the_readme_and_has_help(name):
     assert all(p.help for p in cli.commands[name].params if isinstance(p, click.Option))
 
 
+def test_the_commands_in_the_readme_have_the_flags_they_use():
+    code = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    lines = re.findall(r"^\s*(?:run: )?normswap (\w+) (.+)$", code, re.MULTILINE)
+    assert {name for name, _ in lines} >= {"convert", "evaluate", "inspect", "push"}
+    for name, arguments in lines:
+        known = {flag for p in cli.commands[name].params for flag in (*p.opts, *p.secondary_opts)}
+        assert set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", arguments)) <= known, f"normswap {name} {arguments}"
+
+
 def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
