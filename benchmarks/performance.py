@@ -183,6 +183,7 @@ def document(records: list[dict[str, Any]]) -> str:
         group = (record["machine"], *(settings[n] for n in ("device", "precision", "threads", "clock")))
         groups.setdefault(group, []).append(record)
     different = {r["model"]: r["differences"] for r in records if r["differences"]}
+    missing = [title for title, name in MODELS.items() if name not in {record["model"] for record in records}]
     notes = sorted({note for r in records for note in r["notes"]})
     return "\n".join(
         [
@@ -201,6 +202,7 @@ def document(records: list[dict[str, Any]]) -> str:
             "Peak memory is that of the weights and activations of one step, without the images.",
             "",
             *findings(records),
+            *([f"- Not measured on any machine: {', '.join(missing)}."] if missing else []),
             "",
             "## Measured",
             "",
