@@ -101,7 +101,7 @@ def test_dry_run(folders, no_hub):
     assert result.exit_code == 0, result.stderr
     record = one_object(result)
     files = {entry["path"]: entry["bytes"] for entry in record["files"]}
-    assert list(files) == ["README.md", "config.json", "model.safetensors", "normswap.json"]
+    assert list(files) == ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
     for name in set(files) - {"README.md"}:
         assert files[name] == (folders / "whole" / name).stat().st_size
     assert (record["repo_id"], record["private"], record["dry_run"], record["url"]) == ("user/model", True, True, None)
@@ -162,7 +162,7 @@ def test_one_commit_with_everything(folders, hub, tmp_path):
     result = run("push", folders / "whole", "user/model", "--revision", "v2", "--private", "--message", "Ship it")
     assert result.exit_code == 0, result.stderr
     assert "/user/model/commit/1" in result.stderr.splitlines()[-1]
-    assert set(hub.committed) == {"README.md", "config.json", "model.safetensors", "normswap.json"}
+    assert set(hub.committed) == {"README.md", "config.json", "model.safetensors", "normswap.json", "report.html"}
     paths = [path for path, *_ in hub.requests]
     assert paths[0] == "/api/repos/create"
     made = json.loads(hub.requests[0][2])
