@@ -130,15 +130,15 @@ def result():
 def test_a_conversion_reports_them(result):
     assert len(result.report.worst) == len(result._thumbnails) == 2
     assert result.report.worst[0].kl == pytest.approx(result.report.stages[-1].worst_kl)
-    card = model_card(result.report, None)
+    card = model_card(result.report, {})
     assert f"| {result.report.worst[0].name} |" in card
     assert fit_line(result.report.fits) in card
-    assert "changed most" not in model_card(replace(result.report, worst=[]), None)
+    assert "changed most" not in model_card(replace(result.report, worst=[]), {})
 
 
 def test_others_text_cannot_break_the_card_or_the_terminal(result):
     hostile = replace(result.report.worst[0], name=HOSTILE, label="a|b\n[c](d)")
-    card = model_card(replace(result.report, worst=[hostile]), None)
+    card = model_card(replace(result.report, worst=[hostile]), {})
     card.encode()
     (row,) = [line for line in card.splitlines() if "hacked" in line]
     assert row.count("|") == 6
