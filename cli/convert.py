@@ -94,22 +94,26 @@ def run(console: Console, options: dict[str, Any]) -> None:
     from normswap.onnxfile import require_onnx
     from normswap.page import check_extra
     from normswap.save import check_saveable
+    from normswap.training import require_accelerate
 
     if options["report"]:
         check_extra()
     if out is not None and not options["dry_run"]:
         check_target(out, options["overwrite"], sources)
         if options["save_swapped"] is not None:
-            if options["save_swapped"].resolve() == out.resolve():
-                raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not that of --output")
-            check_target(options["save_swapped"], options["overwrite"], [*sources, out])
+            one, other = (path.resolve() for path in (options["save_swapped"], out))
+            if one.is_relative_to(other) or other.is_relative_to(one):
+                raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not in or around --output")
+            check_target(options["save_swapped"], options["overwrite"], sources)
+    training = o.finetuning(options)
     if options["export"] == "onnx":
         require_onnx()  # not after minutes of calibration
+    if training is not None:
+        require_accelerate()
     device = o.pick_device(options["device"])
     model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
     if out is not None:
         check_saveable(model)
-    training = o.finetuning(options)
     images, evaluation = load_splits(
         model,
         options["data_dir"],
@@ -123,6 +127,8 @@ def run(console: Console, options: dict[str, Any]) -> None:
         raise ArgumentError("--save-best goes with --max-drop or --min-agreement")
     if options["max_drop"] is not None and evaluation.num_classes is None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
+    if training is not None and training.labels > 0 and images.num_classes is None:
+        raise ArgumentError(f"--label-weight needs labels, and {images.description} have none")
     plan = make_plan(model, options["keep"], input_size=images.input_size)
     console.say("plan", plan.summary(options["ffn_bn"]))
     calibration, train, held_out = images.draw(options["calib_samples"], options["seed"]), None, None
@@ -173,10 +179,12 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 return
             _save(result, options, sources)
     except CheckFailedError as error:
+        if not is_first():  # the first process says so; an exit code here would end it while it saves
+            return
         best, text = error.conversion, str(error)
         if best is not None:
             text += ": not saved"
-            if options["save_best"] and is_first():
+            if options["save_best"]:
                 _save(best, options, sources)
                 text = f"{error}: saved all the same as {out}"
         _show(console, error.report, options["verbose"])

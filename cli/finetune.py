@@ -58,7 +58,7 @@ def finetune(**options: Any) -> None:
 
     training = o.finetuning(options)
     images, evaluation = load_splits(
-        original,
+        swapped.model,
         options["data_dir"],
         options["train_split"],
         options["split"],
@@ -89,9 +89,8 @@ def finetune(**options: Any) -> None:
             return
         command = ["normswap", *sys.argv[1:]]
         sources = _sources(options)
-        save_swapped(
-            out, swapped.model, swapped.original, swapped.plan, swapped.report, options["overwrite"], sources, command
-        )
+        kept = (swapped.model, swapped.original, swapped.plan, swapped.report)
+        save_swapped(out, *kept, options["overwrite"], sources, command, _preprocessing(options))
     report = swapped.report
     report.out = str(out)
     assert report.finetuning is not None  # set by finetune_swapped
@@ -111,6 +110,8 @@ def fuse(**options: Any) -> None:
 
     Without images the fold is checked on random ones, and no accuracy is measured.
     """
+    if not is_first():  # the fold is one process's work
+        return
     console = Console(options["as_json"], options["quiet"])
     out: Path = options["output"]
     with_images = options["data_dir"] is not None or bool(options["dataset"])
@@ -138,7 +139,8 @@ def fuse(**options: Any) -> None:
                 amp_dtype=o.amp_dtype(options),
                 progress=progress,
             )
-            result.save(out, options["overwrite"], _sources(options), ["normswap", *sys.argv[1:]])
+            command = ["normswap", *sys.argv[1:]]
+            result.save(out, options["overwrite"], _sources(options), command, _preprocessing(options))
     except CheckFailedError as error:
         if error.report is not None:
             console.result(error.report.to_json())  # type: ignore[attr-defined]
@@ -161,10 +163,12 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     check_target(options["output"], options["overwrite"], _sources(options))
     device = o.pick_device(options["device"])
     swapped = load_swapped(options["model"].removeprefix("local-dir:"))
+    options["against"] = options["against"] or swapped.report.model
+    check_target(options["output"], options["overwrite"], _sources(options))  # it may hold the original
     swapped.model.to(device)
     if not needs_original:
         return swapped, None, device
-    name = options["against"] or swapped.report.model
+    name = options["against"]
     console.say("load", f"{name}, the original")
     weights = {"pretrained": options["against_pretrained"], "checkpoint": options["against_checkpoint"]}
     if ":" not in name and not any(weights.values()):
@@ -177,11 +181,18 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
 
 def _data(options: dict[str, Any], swapped: Any) -> dict[str, Any]:
     """Pick the arguments of `normswap.load_images`; the images have the size that the swapped checkpoint is for."""
-    return o.data({**options, "img_size": swapped.plan.input_size[-1]})
+    return o.data({**options, "img_size": None}) | {"input_size": swapped.plan.input_size}
+
+
+def _preprocessing(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Pick the overrides of the data config, for the record of what is written."""
+    return o.preprocessing({**options, "img_size": None}) or None
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:
-    paths = (options["model"], options["against_checkpoint"], options["data_dir"], options["class_map"])
+    original = options["against"] or ""
+    paths = [options["model"], options["against_checkpoint"], options["data_dir"], options["class_map"]]
+    paths += [original] if original.startswith("local-dir:") else []
     return [Path(str(path).removeprefix("local-dir:")) for path in paths if path is not None]
 
 

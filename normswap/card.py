@@ -7,7 +7,16 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from .budget import COLUMNS, trade_line, trade_rows, trade_title
-from .report import STREAM_COLUMNS, STREAM_TITLE, ConversionReport, StageMetrics, kept_layers, number, stream_rows
+from .report import (
+    STREAM_COLUMNS,
+    STREAM_TITLE,
+    ConversionReport,
+    Finetuning,
+    StageMetrics,
+    kept_layers,
+    number,
+    stream_rows,
+)
 from .summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
 
 _STOCK = """Plain timm loads it; normswap is not needed:
@@ -78,6 +87,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
         "",
         f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
+        *([f"- {_trained(report.finetuning)}"] if report.finetuning is not None else []),
         *([f"- {fit}"] if fit else []),
         *(f"- LayerNorm stays at `{site}`: {reason}" for site, reason in report.stayed.items()),
         *(f"- {line}" for line in kept_layers(report.layers)),
@@ -114,6 +124,11 @@ def _stage_rows(stages: list[StageMetrics]) -> list[str]:
         cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _trained(finetuning: Finetuning) -> str:
+    labels = "without labels" if float(finetuning.options.get("labels", "0")) == 0 else "with labels"
+    return f"fine-tuned on {finetuning.images} images, {labels}: {finetuning.line()}"
 
 
 def _budget(report: ConversionReport) -> list[str]:

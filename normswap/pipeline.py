@@ -25,7 +25,7 @@ from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
-from .swapped import save_swapped
+from .swapped import is_swapped, save_swapped
 from .trials import Attempt, Trials
 from .worst import DEFAULT_COUNT, WorstImage, WorstImages
 
@@ -283,6 +283,8 @@ def open_model(model: str, **kwargs: Any) -> nn.Module:
         ArgumentError, CheckpointError, ModelRefusedError: see `load_model` and `load`.
     """
     folder = Path(model.removeprefix("local-dir:"))
+    if is_swapped(model):
+        raise ArgumentError(f"{model} is a swapped checkpoint, BatchNorm still in: fold it first, with normswap fuse")
     if is_converted(model):
         ignored = [name for name, value in kwargs.items() if value not in (None, False) and name != "weights"]
         if ignored:

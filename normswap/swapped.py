@@ -1,6 +1,6 @@
 """A checkpoint with BatchNorm still in it: swapped.safetensors with the plan beside it, to train on and fold later.
 
-Neither file has a name that timm, or anything else, would take for a finished model's.
+Neither file has the name of a finished model's, and `normswap.pipeline.open_model` refuses the folder by name.
 """
 
 import json

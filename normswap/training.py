@@ -110,7 +110,9 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """Return what must be the same for a state to belong to this run."""
         plain = {key: str(value) for key, value in asdict(self.options).items()}
-        sums = [float(t.double().sum()) for t in (self.pixels[self.train[:8]], *list(self.start.values())[:4])]
+        start, teacher = list(self.start.values())[:4], list(self.teacher.state_dict().values())[-4:]
+        images = (self.pixels[self.train[:8]], self.held[:8])
+        sums = [float(tensor.double().sum()) for tensor in (*images, *start, *teacher)]
         return {"options": plain, "images": len(self.pixels), "processes": self.size, "sums": sums}
 
     def go(self, kept: TrainingState | None, save_every: float, progress: Progress) -> Finetuning:
@@ -307,13 +309,20 @@ def _watch(norm: TokenBatchNorm, moments: Moments) -> Callable[..., None]:
     return hook
 
 
-def _prepared(student: nn.Module, options: FinetuneOptions) -> tuple[Any, torch.optim.Optimizer, nn.Module]:
-    """Return accelerate's Accelerator, the optimiser, and the model to call (wrapped where there are processes)."""
+def require_accelerate() -> None:
+    """Raise `MissingExtraError` if accelerate is not installed."""
     try:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        import accelerate  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("fine-tuning needs accelerate: pip install 'normswap[train]'") from error
+
+
+def _prepared(student: nn.Module, options: FinetuneOptions) -> tuple[Any, torch.optim.Optimizer, nn.Module]:
+    """Return accelerate's Accelerator, the optimiser, and the model to call (wrapped where there are processes)."""
+    require_accelerate()
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
     device = next(student.parameters()).device
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, kwargs_handlers=[unused])

@@ -1,6 +1,7 @@
 """A swapped checkpoint and back: to the bit, with what calibration and the plan did to it, and on to a fused one."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -175,6 +176,7 @@ def test_the_road_on_the_command_line(swapped, tmp_path):
     assert [stage["name"] for stage in after["stages"]] == ["original", "swapped", "fused"]
     assert after["stages"][2]["kl"] == pytest.approx(record["stages"][2]["kl"], abs=FOLD_FLOAT32)
     assert after["finetuning"] == record["finetuning"]
+    assert "- fine-tuned on 144 images, without labels: " in (tmp_path / "out" / "README.md").read_text()
     out = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=torch.nn.Identity).eval()
     assert not any(isinstance(module, torch.nn.LayerNorm) for module in out.modules())
 
@@ -218,10 +220,50 @@ def test_folders_in_the_way(swapped, tmp_path):
     onto_itself = run("fuse", "-m", swapped, "-o", swapped, "--overwrite")
     assert onto_itself.exit_code == 2
     assert "would be lost" in onto_itself.stderr
-    same = run("convert", *DEMO, "-o", tmp_path / "x", "--save-swapped", tmp_path / "x")
-    assert same.exit_code == 2
-    assert "a folder of its own" in same.stderr
+    for out, beside in (("x", "x"), ("x/y", "x"), ("x", "x/y")):  # one would replace, or hold, the other
+        result = run("convert", *DEMO, "-o", tmp_path / out, "--save-swapped", tmp_path / beside, "--overwrite")
+        assert result.exit_code == 2
+        assert "a folder of its own" in result.stderr
     original = run("fuse", "-m", FOLDER, "-o", tmp_path / "y")
     assert original.exit_code == 2
     assert "no swapped.json" in original.stderr
     assert MODEL.endswith(str(FOLDER))
+
+
+def test_the_original_is_never_replaced(tmp_path):
+    copied = tmp_path / "original"
+    shutil.copytree(FOLDER, copied)
+    flags = ("-m", f"local-dir:{copied}", *IMAGES, "--calib-samples", 32, "--method", "channel")
+    made = run("convert", *flags, "-o", tmp_path / "out", "--save-swapped", tmp_path / "swapped")
+    assert made.exit_code == 0, made.stderr
+    before = sorted(path.name for path in copied.iterdir())
+    for command in (("fuse",), ("finetune", *IMAGES)):
+        result = run(*command, "-m", tmp_path / "swapped", "-o", copied, "--overwrite")
+        assert result.exit_code == 2
+        assert "would be lost" in result.stderr
+    assert sorted(path.name for path in copied.iterdir()) == before
+
+
+def test_no_other_command_takes_it_for_a_model(swapped):
+    result = run("evaluate", "-m", f"local-dir:{swapped}", *IMAGES)
+    assert result.exit_code == 2
+    assert "fold it first, with normswap fuse" in result.stderr
+
+
+def test_preprocessing_comes_along(tmp_path):
+    crop = ("--crop-pct", 0.5, "--interpolation", "nearest")
+    run("convert", *DEMO, *crop, "--method", "channel", "-o", tmp_path / "out", "--save-swapped", tmp_path / "swapped")
+    run(
+        "finetune", "-m", tmp_path / "swapped", *IMAGES, "--samples", 64, "--train-batch-size", 24, "-o", tmp_path / "t"
+    )
+    for folder in ("swapped", "t"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())["pretrained_cfg"]
+        assert (config["crop_pct"], config["interpolation"]) == (0.5, "nearest")
+
+
+def test_labels_are_missed_before_calibration(tmp_path):
+    flags = ("--finetune-epochs", 1, "--label-weight", 1, "--no-labels")
+    result = run("convert", *DEMO, *flags, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--label-weight needs labels" in result.stderr
+    assert "calibrate" not in result.stderr
