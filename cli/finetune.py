@@ -15,13 +15,7 @@ def _common(function: Any) -> Any:
     for option in (
         click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty"),
         click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="folder to write"),
-        click.option(
-            "--against-checkpoint",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="weights file for --against",
-        ),
-        click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
-        click.option("--against", metavar="MODEL", help="the original  [what the swapped checkpoint was made from]"),
+        o.against_options("the original  [what the swapped checkpoint was made from]"),
         click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
         click.option(
             "-m",

@@ -83,9 +83,9 @@ def weights_options() -> Callable[[F], F]:
     )
 
 
-def against_options() -> Callable[[F], F]:
+def against_options(what: str = "the original to compare with, in the same form as -m") -> Callable[[F], F]:
     return _all(
-        click.option("--against", metavar="MODEL", help="the original to compare with, in the same form as -m"),
+        click.option("--against", metavar="MODEL", help=what),
         click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
         click.option(
             "--against-checkpoint",

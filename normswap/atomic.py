@@ -40,11 +40,7 @@ def check_target(target: Path, overwrite: bool, protect: Iterable[Path] = ()) ->
         if target.exists() and path.resolve().is_relative_to(resolved):
             raise ArgumentError(f"{target}: holds {path}, which would be lost; choose another output")
     _refuse_files(target, overwrite)
-    nearest = next(parent for parent in target.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise OutputError(f"{target}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{target}: {nearest} cannot be written")
+    _check_parent(target)
 
 
 @contextmanager
@@ -102,11 +98,7 @@ def check_file(target: Path, overwrite: bool) -> None:
         raise ArgumentError(f"{target}: is not a file; choose another output")
     if target.exists() and not overwrite:
         raise ArgumentError(f"{target}: is there already; choose another output, or replace it with --overwrite")
-    nearest = next(parent for parent in target.absolute().parents if parent.exists())
-    if not nearest.is_dir():
-        raise OutputError(f"{target}: {nearest} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{target}: {nearest} cannot be written")
+    _check_parent(target)
 
 
 @contextmanager
@@ -139,6 +131,14 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written: {reason}{kept}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_parent(target: Path) -> None:
+    nearest = next(parent for parent in target.absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"{target}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: {nearest} cannot be written")
 
 
 def _refuse_files(target: Path, overwrite: bool) -> None:

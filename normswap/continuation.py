@@ -57,11 +57,13 @@ def finetune_swapped(
     items = list(images) if eval_images is None else images
     evaluation = items if eval_images is None else eval_images
     start = "finetuned before" if swapped.report.finetuning is not None else "calibrated"
-    first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress)
+    answers: dict[int, torch.Tensor] = {}  # of the original, which need not run twice
+    first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress, answers=answers)
     found = finetune(
         swapped.model, items, original, options, held_out=held_out, state=state, resume=resume, progress=progress
     )
-    last = _evaluate({"original": original, "finetuned": swapped.model}, evaluation, amp_dtype, progress)
+    models = {"original": original, "finetuned": swapped.model}
+    last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
     report = swapped.report
     report.worst = []  # of the model before
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
@@ -130,6 +132,7 @@ def _evaluate(
     amp_dtype: torch.dtype | None,
     progress: Progress,
     worst: WorstImages | None = None,
+    answers: dict[int, torch.Tensor] | None = None,
 ) -> list[StageMetrics]:
     total = len(images) if isinstance(images, ImageSet) else 0
-    return evaluate_models(models, images, amp_dtype, progress, total, worst)
+    return evaluate_models(models, images, amp_dtype, progress, total, worst, answers)

@@ -1,10 +1,8 @@
 """What runs a model: PyTorch eagerly, torch.compile, ONNX Runtime. Each makes one step that can be timed."""
 
 import json
-import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from .errors import BenchmarkError, MissingExtraError
+from .graph import quiet
 from .timing import Step
 
 EAGER, COMPILE, ONNXRUNTIME = "eager", "compile", "onnxruntime"
@@ -195,12 +194,6 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path) -> Runnab
 
 
 def _export(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(model, (images.contiguous(),), dynamo=True, verbose=False)
-            program.save(path, external_data=True)  # any size
-    finally:
-        logging.disable(disabled)
+    with quiet():
+        program: Any = torch.onnx.export(model, (images.contiguous(),), dynamo=True, verbose=False)
+        program.save(path, external_data=True)  # any size

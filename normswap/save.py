@@ -174,11 +174,11 @@ def kept_norms(path: Path) -> list[str]:
     """Return the module paths of the LayerNorms that stayed in an output folder's model.
 
     Raises:
-        CheckpointError: the folder's record cannot be read.
+        ArgumentError, CheckpointError: see `read_record`.
     """
     try:
-        return list(json.loads((path / RECORD).read_text())["edits"]["keep"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return list(read_record(path)["edits"]["keep"])
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / RECORD}: cannot be read ({type(error).__name__}: {error})") from error
 
 
