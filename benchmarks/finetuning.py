@@ -65,7 +65,7 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
         "worst_kl": after.worst_kl,
         "non_finite": after.non_finite,
         "evaluated": after.n,
-        "held_out_kl": [found.kl_before, found.kl_after],
+        "held_out_kl": [found.kl_before, found.kl_after, found.kl_gain_error],
         "taken": found.taken,
         "steps": found.steps,
         "dropped": found.dropped,

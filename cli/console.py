@@ -18,9 +18,13 @@ refused, 4 a check failed (the fold is not exact, or the accuracy drop is over b
 
 
 class NormswapCommand(click.Command):
-    """A command whose errors are one line; a traceback only with -vv."""
+    """A command whose errors are one line; a traceback only with -vv. Of several processes the first does it alone."""
+
+    joined = False
 
     def invoke(self, ctx: click.Context) -> Any:
+        if not self.joined and not is_first():
+            return None
         verbose = ctx.params.get("verbose", 0)
         if verbose and is_first():
             logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, stream=sys.stderr)
@@ -39,6 +43,12 @@ class NormswapCommand(click.Command):
             raise _Failure(_line(error), getattr(error, "exit_code", 1)) from error
         finally:
             logging.disable(logging.NOTSET)
+
+
+class JoinedCommand(NormswapCommand):
+    """A command that several processes do together, as torchrun starts them."""
+
+    joined = True
 
 
 class _Failure(click.ClickException):

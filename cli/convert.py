@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from . import export
+from . import export, following
 from . import options as o
-from .console import Console, NormswapCommand
+from .console import Console, JoinedCommand
 from .processes import is_first, joined
 
 # The library's own lists cannot be imported here: they come with torch. A test holds these equal to them.
@@ -17,7 +17,7 @@ _RECONSTRUCT = ("all", "readers")
 _POSITIONS = ("pre-act", "post-act", "none")
 
 
-@click.command(cls=NormswapCommand)
+@click.command(cls=JoinedCommand)
 @o.architecture_options()
 @o.weights_options()
 @o.data_options()
@@ -187,7 +187,11 @@ def run(console: Console, options: dict[str, Any]) -> None:
             if options["save_best"]:
                 _save(best, options, sources)
                 text = f"{error}: saved all the same as {out}"
-        _show(console, error.report, options["verbose"])
+        if best is not None and options["save_best"] and options["export"] is not None:
+            tables = _tell(console, error.report, options["verbose"])
+            _export(console, options, out, error.report, tables, compared)
+        else:
+            _show(console, error.report, options["verbose"])
         raise CheckFailedError(text) from error
     if options["export"] is None:
         _show(console, result.report, options["verbose"])
@@ -309,13 +313,7 @@ def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: 
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
     else:
         console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
-    images = f"--data-dir {options['data_dir']}" if options["data_dir"] else f"--dataset {options['dataset']}"
-    against = [f"--against {options['model']}"]
-    if options["checkpoint"]:
-        against.append(f"--against-checkpoint {options['checkpoint']}")
-    if options["pretrained"]:
-        against.append("--against-pretrained")
-    for name in ("num_classes", "img_size", "in_chans"):
-        if options[name] is not None:
-            against.append(f"--{name.replace('_', '-')} {options[name]}")
-    console.say("next", f"normswap evaluate -m local-dir:{out} {' '.join(against)} {images}")
+    if options["save_swapped"] is not None:
+        console.say("wrote", f"{options['save_swapped']}, with BatchNorm in: for normswap finetune and normswap fuse")
+    words = ("evaluate", "-m", f"local-dir:{out}", *following.against(options), *following.images(options))
+    console.say("next", following.line(*words))

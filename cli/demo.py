@@ -5,13 +5,13 @@ from typing import Any
 
 import click
 
-from .console import Console, NormswapCommand
+from .console import Console, JoinedCommand
 from .options import output_options
 
 DEFAULT_OUTPUT = Path("normswap-demo")
 
 
-@click.command(cls=NormswapCommand)
+@click.command(cls=JoinedCommand)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True, help="folder to write"
 )

@@ -1,6 +1,5 @@
 """``normswap evaluate``: top-1 and top-5 of one model, or of two side by side."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -18,8 +17,6 @@ from .console import Console, NormswapCommand
 def evaluate(
     model: str,
     against: str | None,
-    against_pretrained: bool,
-    against_checkpoint: Path | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -47,8 +44,7 @@ def evaluate(
         console.say("load", against)
         reference = open_model(
             against,
-            pretrained=against_pretrained,
-            checkpoint=against_checkpoint,
+            **o.against_weights(options),
             **({} if is_converted(against) else architecture),
         ).to(device)
         # The reference comes first; the same name twice still is two models.

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from . import following
 from . import options as o
 from .console import Console, NormswapCommand
 
@@ -78,8 +79,7 @@ def export(**options: Any) -> None:
         console.say("load", options["against"])
         original = open_model(
             options["against"],
-            pretrained=options["against_pretrained"],
-            checkpoint=options["against_checkpoint"],
+            **o.against_weights(options),
             **({} if is_converted(options["against"]) else o.architecture(options)),
         ).to(device)
     images = int8_images = None
@@ -194,11 +194,12 @@ def say_files(console: Console, report: Any) -> None:
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:
     say_files(console, report)
-    source = options["folder"] or f"-m {options['model']} -o FILE"
-    data = f" --data-dir {options['data_dir'] or 'IMAGES'}"
     if options["dtype"] == "fp32":
-        against = f" --against {options['against'] or 'ORIGINAL'}"
-        console.say("next", f"normswap export {source} --format {report.format} --dtype fp16{data}{against}")
+        source = [options["folder"]] if options["folder"] else ["-m", options["model"], "-o", "FILE"]
+        images = following.images(options) or ["--data-dir", "IMAGES"]
+        original = following.still_against(options) or ["--against", "ORIGINAL"]
+        words = ("export", *source, "--format", report.format, "--dtype", "fp16", *images, *original)
+        console.say("next", following.line(*words))
     elif report.format == "onnx":
         console.say("next", f'onnxruntime.InferenceSession("{report.files[0]}").run(None, {{"images": float16 array}})')
     else:

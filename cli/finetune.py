@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
+from . import following
 from . import options as o
-from .console import Console, NormswapCommand
+from .console import Console, JoinedCommand, NormswapCommand
 from .processes import is_first, joined
 
 
@@ -29,7 +30,7 @@ def _common(function: Any) -> Any:
     return function
 
 
-@click.command(cls=NormswapCommand)
+@click.command(cls=JoinedCommand)
 @_common
 @o.data_options()
 @click.option("--train-split", default="train", show_default=True, help="split to train on, if there is one")
@@ -66,6 +67,9 @@ def finetune(**options: Any) -> None:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
     console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
     console.say("evaluate", f"on {evaluation.description}")
+    if max(seen, len(train)) + len(held_out) > len(images):
+        text = "calibration saw images that are held out now, and is better on them than it is: convert on fewer"
+        console.say("note", f"{text} (--calib-samples), or fine-tune on fewer (--samples)")
     with joined(device), console.progress() as progress:
         finetune_swapped(
             swapped,
@@ -91,7 +95,8 @@ def finetune(**options: Any) -> None:
     console.say("finetune", report.finetuning.line())
     console.result(report.to_json(), stages_table(report.stages))
     console.say("wrote", f"{out}/swapped.safetensors, config.json, swapped.json")
-    console.say("next", f"normswap fuse -m {out} {_images(options)} -o FOLDER")
+    given = (*following.still_against(options), *following.images(options))
+    console.say("next", following.line("fuse", "-m", out, *given, "-o", "FOLDER"))
 
 
 @click.command(cls=NormswapCommand)
@@ -104,8 +109,6 @@ def fuse(**options: Any) -> None:
 
     Without images the fold is checked on random ones, and no accuracy is measured.
     """
-    if not is_first():  # the fold is one process's work
-        return
     console = Console(options["as_json"], options["quiet"])
     out: Path = options["output"]
     with_images = options["data_dir"] is not None or bool(options["dataset"])
@@ -164,7 +167,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
         return swapped, None, device
     name = options["against"]
     console.say("load", f"{name}, the original")
-    weights = {"pretrained": options["against_pretrained"], "checkpoint": options["against_checkpoint"]}
+    weights = o.against_weights(options)
     if ":" not in name and not any(weights.values()):
         raise ArgumentError(
             f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
@@ -188,7 +191,3 @@ def _sources(options: dict[str, Any]) -> list[Path]:
     paths = [options["model"], options["against_checkpoint"], options["data_dir"], options["class_map"]]
     paths += [original] if original.startswith("local-dir:") else []
     return [Path(str(path).removeprefix("local-dir:")) for path in paths if path is not None]
-
-
-def _images(options: dict[str, Any]) -> str:
-    return f"--data-dir {options['data_dir']}" if options["data_dir"] else f"--dataset {options['dataset']}"

@@ -92,6 +92,7 @@ def against_options(what: str = "the original to compare with, in the same form 
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="weights file for --against",
         ),
+        click.option("--against-use-ema", is_flag=True, help="take the EMA weights of --against-checkpoint"),
     )
 
 
@@ -342,6 +343,11 @@ def architecture(options: dict[str, Any]) -> dict[str, Any]:
 def weights(options: dict[str, Any]) -> dict[str, Any]:
     """Pick the arguments of `normswap.load_model` that say which weights."""
     return {name: options[name] for name in ("pretrained", "checkpoint", "use_ema")}
+
+
+def against_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the same for the model that ``--against`` names."""
+    return {name: options[f"against_{name}"] for name in ("pretrained", "checkpoint", "use_ema")}
 
 
 def data(options: dict[str, Any]) -> dict[str, Any]:

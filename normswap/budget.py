@@ -20,6 +20,8 @@ from .trade import SiteCost, Trade, Trial
 MAX_EVALUATIONS = 8
 COLUMNS = ("LayerNorms kept", "top-1 %", "drop", "same answer %", "+- at most", "KL", "seconds", "try", "")
 
+NO_HEAD = "--min-agreement needs a model with classes, and this one has no head"
+
 _CHEAPEST = 2
 
 T = TypeVar("T")
@@ -75,7 +77,7 @@ class Budget:
         if self.max_drop is not None and last.top1 is None:
             return "--max-drop needs labels, and there are none"
         if self.min_agreement is not None and last.agreement is None:
-            return "--min-agreement needs a model with classes, and this one has no head"
+            return NO_HEAD
         return None
 
     def shortfall(self, first: StageMetrics, last: StageMetrics) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .budget import Budget
 from .calibrate import BATCH_SIZE, Progress, no_progress, rebatched
 from .data import ImageSet
 from .errors import CheckFailedError
@@ -16,7 +17,7 @@ from .fold import created_biases, fold_norms, max_difference
 from .pipeline import DEFAULT_ATOL, Conversion, fold_problem, pictured
 from .provenance import versions
 from .recipe import FinetuneOptions
-from .report import StageMetrics
+from .report import ConversionReport, StageMetrics
 from .save import describe_edits
 from .swapped import Swapped
 from .worst import DEFAULT_COUNT, WorstImages
@@ -64,6 +65,7 @@ def finetune_swapped(
     )
     models = {"original": original, "finetuned": swapped.model}
     last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
+    _judge(swapped.report, last)
     report = swapped.report
     report.worst = []  # of the model before
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
@@ -114,6 +116,8 @@ def fuse(
         before = {} if original is None else {"original": original}
         worst = WorstImages(0 if original is None else worst_images)
         report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress, worst)
+        if original is not None:
+            _judge(report, report.stages)
         report.worst, thumbnails = pictured(worst, images, fused)
         count = report.stages[-1].n
         report.evaluation_data = images.description if isinstance(images, ImageSet) else f"{count} images"
@@ -124,6 +128,14 @@ def fuse(
         raise error
     edits = describe_edits(swapped.original, fused)
     return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original, thumbnails)
+
+
+def _judge(report: ConversionReport, stages: list[StageMetrics]) -> None:
+    """Say whether the model as it is now holds the budget that the conversion was given, if there was one."""
+    trade = report.budget
+    if trade is not None:
+        budget = Budget(trade.max_drop, trade.min_agreement)
+        trade.met = budget.missing(stages[-1]) is None and budget.problem(stages[0], stages[-1]) is None
 
 
 def _evaluate(

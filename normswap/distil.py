@@ -1,5 +1,6 @@
 """How far a student is from its teacher: in its answers, and in the residual stream in front of every norm."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,17 +10,21 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def is_classifier(output: torch.Tensor) -> bool:
-    """Return whether an output `[B, K]` is logits of two classes or more."""
-    return output.ndim == 2 and output.shape[1] > 1
-
-
-def distance(output: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Return for every image `[B]` the KL of the softmax, in nats; for other outputs the relative squared error."""
-    if is_classifier(output):
+def distance(output: torch.Tensor, answer: torch.Tensor, logits: bool) -> torch.Tensor:
+    """Return for every image `[B]` the KL of the softmax, in nats; for features the relative squared error."""
+    if logits:
         return F.kl_div(output.log_softmax(1), answer.log_softmax(1), reduction="none", log_target=True).sum(1)
     error, size = (output - answer).flatten(1), answer.flatten(1)  # [B, ...] -> [B, K]
     return error.square().mean(1) / size.var().clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def gain_of(before: torch.Tensor, after: torch.Tensor) -> tuple[float, float]:
+    """Return how much closer images came on average, `[B]` and `[B]`, and the standard error of that.
+
+    Both are measured on the same images, so it is the differences that spread, not the distances.
+    """
+    gain = before - after
+    return float(gain.mean()), float(gain.std(correction=0)) / math.sqrt(len(gain))
 
 
 def hints(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> torch.Tensor:

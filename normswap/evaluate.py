@@ -10,7 +10,7 @@ from torch import nn
 
 from .calibrate import Progress, no_progress
 from .errors import ArgumentError
-from .graph import eval_mode
+from .graph import eval_mode, has_classes
 from .report import StageMetrics
 from .worst import WorstImages
 
@@ -98,7 +98,7 @@ def evaluate_models(
     tallies = {name: _Tally() for name in models}
     first = next(iter(models.values()))
     weight = next(first.parameters())
-    classifier = getattr(first, "num_classes", 1) != 0
+    classifier = has_classes(first)
     done = 0
     with eval_mode(*models.values()):
         for number, item in enumerate(batches):

@@ -19,7 +19,7 @@ from .calibrate import Progress, no_progress, rebatched
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
 from .fp16 import HalfReport, check_fp16
-from .graph import eval_mode, example_batch, export_program, pretrained_cfg, resolve_input_size
+from .graph import eval_mode, example_batch, export_program, has_classes, pretrained_cfg, resolve_input_size
 from .int8 import Int8Report, check_int8
 from .inventory import Inventory, count_onnx, count_program
 from .onnxfile import DEFAULT_OPSET, OnnxModel, read_onnx, require_onnx, write_onnx
@@ -171,7 +171,7 @@ def export_model(
     record = _metadata(model, name, dtype, size, stayed.norms)
     with new_file(path, overwrite) as beside:
         if format == "onnx":
-            output = "features" if getattr(model, "num_classes", 1) == 0 else "logits"
+            output = "logits" if has_classes(model) else "features"
             write_onnx(program, beside, opset, output, record, external_data)
             graph = count_onnx(read_onnx(beside))
             loaded: nn.Module = OnnxModel(beside)
@@ -291,7 +291,7 @@ def _compare(
             non_finite += int((~torch.isfinite(found)).any(1).sum())
             done += len(batch)
             progress("compare", done, total)
-    agreement = None if getattr(model, "num_classes", 1) == 0 else 100 * same / total
+    agreement = 100 * same / total if has_classes(model) else None
     return Comparison(described, total, worst, agreement, non_finite)
 
 

@@ -6,6 +6,7 @@ A converted model is a sharp starting point, so the learning rate warms up, grad
 or gradient is not finite is dropped, and images held out decide at the end whether the result is taken at all.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 
 from .calibrate import Progress, no_progress
+from .data import ImageSet
 from .errors import ArgumentError
 from .graph import eval_mode
 from .recipe import FinetuneOptions
 from .report import Finetuning
+from .spill import default_budget
 from .state import TrainingState
-from .training import Run, held_out_of
+from .training import Run, held_out_of, steps_per_epoch
 
 
 def finetune(
@@ -64,6 +67,7 @@ def finetune(
     if resume and state is None:
         raise ArgumentError("resume needs the file with the state of the run")
     weight = next(swapped.parameters())
+    check_images(images, weight, options, held_out is not None)
     pixels, labels = _gather(images, weight)
     if len(pixels) < 2 and held_out is None:
         raise ArgumentError(f"fine-tuning wants at least two images, there are {len(pixels)}")
@@ -76,6 +80,35 @@ def finetune(
         run.load(kept.load())
     with eval_mode(original, swapped), torch.enable_grad():
         return run.go(kept, save_every, progress)
+
+
+def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOptions, held_out: bool) -> None:
+    """Refuse early what `finetune` would refuse late, where the images tell how many they are before they are read.
+
+    Args:
+        images: in the form that `finetune` takes.
+        like: a parameter of the model, whose dtype and device the images will have.
+        options: what they are for.
+        held_out: whether there are others that decide.
+
+    Raises:
+        ArgumentError: too few for one step, or more than the memory that is free can hold.
+    """
+    if isinstance(images, ImageSet):
+        count = len(images)
+        # As batches and, for a moment, as the one tensor they become.
+        need = 2 * count * math.prod(images.input_size) * like.element_size()
+        free = 2 * default_budget()
+        if like.device.type == "cpu" and need > free:
+            gib = f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+            what = f"{count} images of {list(images.input_size)} want {gib}"
+            raise ArgumentError(f"{what}: fine-tune on fewer (--finetune-samples; finetune: --samples)")
+    elif isinstance(images, list):
+        count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)
+    else:
+        return
+    if count > 1:  # that one is not enough is said where they are read
+        steps_per_epoch(count, 0 if held_out else held_out_of(count), options)
 
 
 def hold_out(images: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:

@@ -193,6 +193,11 @@ def find_module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def has_classes(model: nn.Module) -> bool:
+    """Return whether a timm model answers with logits; headless ones, built with num_classes=0, give features."""
+    return getattr(model, "num_classes", 1) != 0
+
+
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """Return timm's record of where the model comes from; empty for a model that timm did not build."""
     return getattr(model, "pretrained_cfg", None) or {}

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .budget import MAX_EVALUATIONS, Budget
+from .budget import MAX_EVALUATIONS, NO_HEAD, Budget
 from .calibrate import BATCH_SIZE, Progress, check_method, no_progress, rebatched
 from .checkpoint import load_model
 from .data import ImageSet
 from .errors import ArgumentError, CheckFailedError
 from .evaluate import evaluate_models
-from .finetune import finetune, hold_out
+from .finetune import check_images, finetune, hold_out
 from .fold import created_biases, fold_norms, max_difference
-from .graph import eval_mode, meta_copy, pretrained_cfg
+from .graph import eval_mode, has_classes, meta_copy, pretrained_cfg
 from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
 from .report import ConversionReport
@@ -160,6 +160,8 @@ def convert(
     budget.check()
     if control and (finetune_options is None or finetune_options.labels == 0):
         raise ArgumentError("a control wants fine-tuning on labels; without them the original is its own teacher")
+    if min_agreement is not None and not has_classes(model):
+        raise ArgumentError(NO_HEAD)
     if math.isnan(atol):
         raise ArgumentError("--atol is a number; nan would never fail")
     weight = next(model.parameters())
@@ -171,6 +173,10 @@ def convert(
     batches = [batch.to(weight) for batch in rebatched(items, BATCH_SIZE)]
     if not batches:
         raise ArgumentError("no images to calibrate on")
+    if finetune_options is not None:
+        finetune_options.check()
+        lessons = items if finetune_images is None else finetune_images
+        check_images(lessons, weight, finetune_options, held_out is not None)
     channels, height, width = batches[0].shape[1:]
     size = (channels, height, width)
     plan = plan or make_plan(model, keep, input_size=size)
@@ -205,7 +211,6 @@ def convert(
     trained, finetuning, controls = calibrated, None, {}
     if finetune_options is not None:
         trained = copy.deepcopy(calibrated)
-        lessons = items if finetune_images is None else finetune_images
         lessons = list(lessons) if control else lessons
         if control:
             controls = {"control": copy.deepcopy(original)}
@@ -235,7 +240,7 @@ def convert(
         sites=plan.counts(ffn_bn),
         plan=plan.to_json(ffn_bn)["sites"],
         ffns=plan.to_json(ffn_bn)["ffns"],
-        calibration_data=_describe(images, count),
+        calibration_data=_describe(items if parted else images, count),
         evaluation_data=_describe(images if eval_images is None else eval_images, count),
         fits=fitted.sites,
         layers=fitted.layers,

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from timm.optim import create_optimizer_v2
 
 from .errors import ArgumentError
 from .fade import ORDERS
@@ -67,7 +68,7 @@ class FinetuneOptions:
         """Refuse what cannot be meant.
 
         Raises:
-            ArgumentError: a number out of its range, or an unknown mode.
+            ArgumentError: a number out of its range, an unknown mode or optimiser.
         """
         if self.bn_mode not in BN_MODES:
             raise ArgumentError(f"bn_mode is one of {', '.join(BN_MODES)}, not {self.bn_mode!r}")
@@ -87,6 +88,10 @@ class FinetuneOptions:
             raise ArgumentError("hflip is a probability, scale a share of an image's area from above 0 to 1")
         if not 0 <= self.warmup < 1 or not 0 < self.momentum <= 1 or not (self.ema is None or 0 < self.ema < 1):
             raise ArgumentError("warmup is from 0 to below 1, momentum above 0 to 1, ema between 0 and 1")
+        try:
+            create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=self.opt, lr=self.lr)
+        except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
+            raise ArgumentError(f"timm cannot make the optimiser {self.opt!r} here: {error}") from error
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:

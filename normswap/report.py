@@ -145,8 +145,9 @@ class Finetuning:
         steps: how many were tried; ``dropped`` of them gave numbers that were not finite.
         loss_first, loss_last: mean training loss of the first and of the last tenth of the steps.
         kl_before, kl_after: mean KL (or relative squared error, without classes) from the original, images held out.
+        kl_gain_error: standard error of the mean of kl_before - kl_after over these images.
         agreement_before, agreement_after: percent of them with the original's answer.
-        taken: False if the model was not closer than before and got its old weights back.
+        taken: False if it was not closer by two standard errors, and got its old weights back.
         seconds: wall time of the training.
     """
 
@@ -159,6 +160,7 @@ class Finetuning:
     loss_last: float | None
     kl_before: float
     kl_after: float
+    kl_gain_error: float
     agreement_before: float | None
     agreement_after: float | None
     taken: bool
@@ -169,10 +171,12 @@ class Finetuning:
         same = ""
         if self.agreement_before is not None and self.agreement_after is not None:
             same = f", same answer {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
-        end = "" if self.taken else "; no gain, so the weights before it stay"
+        end = "" if self.taken else "; no sure gain, so the weights before it stay"
         dropped = f" ({self.dropped} dropped)" if self.dropped else ""
-        kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f}{same} on {self.held_out} images held out"
-        return f"{self.steps} steps{dropped} in {self.seconds:.0f} s; {kl}{end}"
+        kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f} (+-{self.kl_gain_error:.4f})"
+        return (
+            f"{self.steps} steps{dropped} in {self.seconds:.0f} s; {kl}{same} on {self.held_out} images held out{end}"
+        )
 
 
 @dataclass

@@ -59,7 +59,7 @@ class Trade:
         costs: the ranking that the search went by, the worst first; empty if the first trial held the budget.
         trials: in the order in which they were made.
         chosen: index of the trial that the result comes from.
-        met: whether the result, fine-tuned if that was asked for, holds the budget.
+        met: whether the result, fine-tuned if that was asked for, then or later, holds the budget.
     """
 
     max_drop: float | None

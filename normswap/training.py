@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from .augment import views
 from .calibrate import Progress
-from .distil import distance, hints, is_classifier, taps
+from .distil import distance, gain_of, hints, taps
 from .distributed import all_sum, world
 from .errors import ArgumentError, CalibrationError, MissingExtraError
 from .fade import Fade
-from .graph import eval_mode, find_module
+from .graph import eval_mode, find_module, has_classes
 from .moments import Moments
 from .norm import TokenBatchNorm
 from .recipe import FinetuneOptions, learning_rate
@@ -29,11 +29,28 @@ from .swap import batch_norms
 
 # One image in ten, and at most so many, are not trained on; they show the agreement and decide at the end.
 HELD_OUT, MOST_HELD_OUT = 10, 512
+# A gain counts from so many standard errors on; a smaller one may well be chance, and a loss on other images.
+SURE = 2.0
 
 
 def held_out_of(count: int) -> int:
     """Return how many of ``count`` images are held out if no others are given for that."""
     return min(max(count // HELD_OUT, 1), MOST_HELD_OUT)
+
+
+def steps_per_epoch(count: int, held_out: int, options: FinetuneOptions) -> int:
+    """Return how many steps all processes make of ``count`` images, ``held_out`` of which are not trained on.
+
+    Raises:
+        ArgumentError: they are not enough for one.
+    """
+    train, per_step = count - held_out, options.batch_size * options.accumulate * world()[1]
+    if train < per_step:
+        raise ArgumentError(
+            f"{train} images to train on ({held_out} held out) are fewer than one step takes, {per_step}: "
+            f"give more images or a smaller batch size"
+        )
+    return train // per_step
 
 
 class Run:
@@ -62,13 +79,7 @@ class Run:
         held = held_out_of(len(pixels)) if held_out is None else 0
         self.held, self.train = pixels[order[:held]] if held_out is None else held_out, order[held:]
         rank, size = world()
-        per_step = options.batch_size * options.accumulate * size
-        self.steps_per_epoch = len(self.train) // per_step
-        if self.steps_per_epoch == 0:
-            raise ArgumentError(
-                f"{len(self.train)} images to train on ({held} held out) are fewer than one step takes, {per_step}: "
-                f"give more images or a smaller batch size"
-            )
+        self.steps_per_epoch = steps_per_epoch(len(pixels), held, options)
         self.rank, self.size = rank, size
         self.total = self.steps_per_epoch * options.epochs
         self.step = self.dropped = self.in_a_row = 0
@@ -88,7 +99,11 @@ class Run:
             raise ArgumentError(
                 f"the models have different heads: {shapes[0]} outputs against the original's {shapes[1]}"
             )
+        # Softmax wants two classes at least.
+        self.logits = has_classes(self.teacher) and len(shapes[0]) == 1 and shapes[0][0] > 1
         if self.options.labels > 0:
+            if not self.logits:
+                raise ArgumentError("the labels' loss is wanted, but the model has no classes")
             if self.labels is None:
                 raise ArgumentError("the labels' loss is wanted, but the images have no labels")
             if int(self.labels.min()) < 0 or int(self.labels.max()) >= shapes[0][0]:
@@ -152,8 +167,9 @@ class Run:
         if self.options.bn_mode == "train":
             estimate_statistics(self.student, list(self._clean()))
         after = self.measure(self.student)
+        gain, error = gain_of(self.before[0], after[0])
         # A student that was its own teacher, as the unconverted model of a control, has no distance to lose.
-        taken = bool(after[0] < self.before[0]) or self.before[0] == 0
+        taken = gain > SURE * error or not self.before[0].any()
         if not taken:
             self._restore(self.start)
         if kept is not None and self.rank == 0:
@@ -167,8 +183,9 @@ class Run:
             dropped=self.dropped,
             loss_first=_mean(self.losses[:tenth]),
             loss_last=_mean(self.losses[-tenth:]),
-            kl_before=self.before[0],
-            kl_after=after[0],
+            kl_before=float(self.before[0].mean()),
+            kl_after=float(after[0].mean()),
+            kl_gain_error=error,
             agreement_before=self.before[1],
             agreement_after=after[1],
             taken=taken,
@@ -226,7 +243,7 @@ class Run:
             output = self.model(x)
         loss = output.new_zeros((), dtype=torch.float32)
         if o.kl:
-            loss = loss + o.kl * distance(output.float(), answer.float()).mean()
+            loss = loss + o.kl * distance(output.float(), answer.float(), self.logits).mean()
         if o.features:
             loss = loss + o.features * hints(found, wanted)
         if o.labels and self.labels is not None:
@@ -234,17 +251,15 @@ class Run:
         return loss
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> tuple[float, float | None]:
-        """Return the mean distance from the original on the images held out, and the agreement in percent."""
-        total, same, classes = 0.0, 0, True
+    def measure(self, model: nn.Module) -> tuple[torch.Tensor, float | None]:
+        """Return each held out image's distance `[B]` from the original, float64, and the agreement in percent."""
+        distances, same = [], 0
         for x in self.held.split(self.options.batch_size):
             with eval_mode(model, self.teacher):
                 output, answer = model(x), self.teacher(x)
-            total += float(distance(output.float(), answer.float()).double().sum())
-            classes = is_classifier(output)
-            same += int((output.argmax(-1) == answer.argmax(-1)).sum()) if classes else 0
-        count = len(self.held)
-        return total / count, 100 * same / count if classes else None
+            distances.append(distance(output.float(), answer.float(), self.logits).double().cpu())
+            same += int((output.argmax(-1) == answer.argmax(-1)).sum()) if self.logits else 0
+        return torch.cat(distances), 100 * same / len(self.held) if self.logits else None
 
     def _clean(self) -> Iterator[torch.Tensor]:
         for index in self.train.split(self.options.batch_size)[self.rank :: self.size]:

@@ -371,6 +371,25 @@ def test_a_budget_that_cannot_be_met_saves_the_best_only_if_asked(tmp_path):
     assert stay == record["kept"]
 
 
+def test_the_best_is_exported_too(tmp_path):
+    flags = ("--max-drop", -50, "--keep", "norm", "--max-evaluations", 1, "--save-best", "--export", "pt2")
+    result = run("convert", *CHANNEL, *flags, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 4
+    record = one_object(result)
+    assert record["budget"]["met"] is False
+    assert record["export"]["files"] == [str(tmp_path / "out" / "model.pt2")]
+    assert (tmp_path / "out" / "model.pt2").is_file()
+    assert result.stderr.splitlines()[-1].startswith("Error: top-1 ")
+
+
+def test_agreement_of_a_model_without_classes_is_refused_before_calibration():
+    model = family("headless")
+    said = []
+    with pytest.raises(normswap.ArgumentError, match="needs a model with classes"):
+        normswap.convert(model, [images(model, 6)], min_agreement=90, progress=lambda what, *_: said.append(what))
+    assert not said
+
+
 @pytest.mark.parametrize("flags", [["--max-keep", 2], ["--save-best"]])
 def test_limits_without_a_budget(tmp_path, flags):
     result = run("convert", *DIGITS, *flags, "-o", tmp_path / "out", "-q")

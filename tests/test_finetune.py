@@ -15,7 +15,14 @@ import torch
 from torch import distributed, multiprocessing
 
 import normswap
-from normswap import ArgumentError, CalibrationError, CheckpointError, FinetuneOptions, MissingExtraError, OutputError
+from normswap import (
+    ArgumentError,
+    CalibrationError,
+    CheckpointError,
+    FinetuneOptions,
+    MissingExtraError,
+    OutputError,
+)
 from normswap.augment import views
 from normswap.demo import FOLDER, MODEL
 from normswap.swap import batch_norms
@@ -30,7 +37,7 @@ from .tolerance import PROCESSES
 LEARN = FinetuneOptions(epochs=2, lr=1e-3, bn_mode="train", batch_size=24)
 
 
-def _start(count: int = 160) -> tuple[torch.nn.Module, torch.nn.Module, list]:
+def started(count: int = 160) -> tuple[torch.nn.Module, torch.nn.Module, list]:
     torch.manual_seed(0)
     original = normswap.load_model(MODEL)
     batches = list(normswap.load_images(original, FOLDER, "train").draw(count, 0))
@@ -41,16 +48,16 @@ def _start(count: int = 160) -> tuple[torch.nn.Module, torch.nn.Module, list]:
 
 @pytest.fixture(scope="module")
 def start():
-    return _start()
+    return started()
 
 
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
+def copied(model: torch.nn.Module) -> torch.nn.Module:
     twin = normswap.swap_norms(normswap.load_model(MODEL))
     twin.load_state_dict(model.state_dict())
     return twin
 
 
-def _equal(a: torch.nn.Module, b: dict) -> bool:
+def same_weights(a: torch.nn.Module, b: dict) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
 
 
@@ -60,7 +67,7 @@ def _equal(a: torch.nn.Module, b: dict) -> bool:
 def test_it_learns(start, extra):
     original, swapped, batches = start
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    student, said = _copy(swapped), []
+    student, said = copied(swapped), []
     options = FinetuneOptions(**{**vars(LEARN), **extra})
     found = normswap.finetune(student, batches, original, options, progress=lambda *args: said.append(args))
     assert found.taken
@@ -70,9 +77,9 @@ def test_it_learns(start, extra):
     assert found.loss_last < found.loss_first
     assert [done for _, done, _ in said] == list(range(1, found.steps + 1))
     assert re.match(r"finetune: loss \d\.\d+, agreement \d+\.\d %, \d+ images/s$", said[-1][0])
-    assert _equal(original, before)
+    assert same_weights(original, before)
     assert not any(module.training for module in student.modules())
-    assert not _equal(student, swapped.state_dict())
+    assert not same_weights(student, swapped.state_dict())
 
 
 def test_views(start):
@@ -98,7 +105,7 @@ def test_views(start):
 def test_the_stem_stays_unless_it_is_wanted(start):
     original, swapped, batches = start
     for stem in (False, True):
-        student = _copy(swapped)
+        student = copied(swapped)
         student.patch_embed.proj.bias.requires_grad_(False)
         found = normswap.finetune(student, batches, original, FinetuneOptions(**{**vars(LEARN), "stem": stem}))
         assert found.taken
@@ -111,22 +118,12 @@ def test_the_stem_stays_unless_it_is_wanted(start):
 
 def test_frozen_norms_keep_their_statistics(start):
     original, swapped, batches = start
-    student = _copy(swapped)
+    student = copied(swapped)
     found = normswap.finetune(student, batches, original, FinetuneOptions(epochs=2, lr=1e-4, batch_size=24))
     assert found.taken
     for path, norm in batch_norms(student).items():
         for name in ("running_mean", "running_var"):
             assert torch.equal(getattr(norm, name), getattr(batch_norms(swapped)[path], name))
-
-
-def test_never_worse_than_before(start):
-    original, swapped, batches = start
-    student = _copy(swapped)
-    found = normswap.finetune(student, batches, original, FinetuneOptions(lr=0.02, batch_size=24))
-    assert not found.taken
-    assert not found.kl_after < found.kl_before
-    assert _equal(student, swapped.state_dict())
-    assert "no gain, so the weights before it stay" in found.line()
 
 
 def test_statistics_are_those_of_clean_images():
@@ -160,14 +157,14 @@ def test_statistics_are_those_of_clean_images():
 
 def test_steps_without_finite_numbers_are_dropped(start):
     original, swapped, batches = start
-    student = _copy(swapped)
+    student = copied(swapped)
     pixels = torch.cat([x for x, _ in batches])
     found = normswap.finetune(student, [pixels], original, LEARN)
     assert found.dropped == 0
     order = torch.randperm(160, generator=torch.Generator().manual_seed(LEARN.seed))
     pixels = pixels.clone()
     pixels[order[-1]] = float("nan")  # trained on, in one step of six
-    student = _copy(swapped)
+    student = copied(swapped)
     found = normswap.finetune(student, [pixels], original, FinetuneOptions(**{**vars(LEARN), "bn_mode": "frozen"}))
     assert found.dropped == 2
     assert all(bool(torch.isfinite(tensor).all()) for tensor in student.state_dict().values())
@@ -177,21 +174,21 @@ def test_too_many_of_them_end_the_run(start, tmp_path):
     original, swapped, batches = start
     pixels = torch.cat([x for x, _ in batches])
     pixels = pixels.masked_fill(torch.ones_like(pixels).bool(), float("inf"))
-    student = _copy(swapped)
+    student = copied(swapped)
     with pytest.raises(
         CalibrationError, match=r"^fine-tuning: 5 steps in a row gave no finite loss .* at step 5 of 12"
     ):
         normswap.finetune(student, [pixels], original, LEARN, state=tmp_path / "state.pt")
-    assert _equal(student, swapped.state_dict())
+    assert same_weights(student, swapped.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
 SCRIPT = """
 import sys, torch
-from tests.test_finetune import LEARN, _start
+from tests.test_finetune import LEARN, started
 import normswap
 torch.set_num_threads(1)
-original, swapped, batches = _start()
+original, swapped, batches = started()
 state, resume, out = sys.argv[1], sys.argv[2] == "resume", sys.argv[3]
 options = normswap.FinetuneOptions(**{**vars(LEARN), "hflip": 0.5, "scale": 0.8})
 normswap.finetune(swapped, batches, original, options, state=state, resume=resume, save_every=0.0)
@@ -232,12 +229,12 @@ def test_a_state_that_cannot_be_gone_on_from(start, tmp_path):
 
     def refused(text: str, options: FinetuneOptions = LEARN) -> None:
         with pytest.raises(CheckpointError, match=text):
-            normswap.finetune(_copy(swapped), batches, original, options, state=state, resume=True)
+            normswap.finetune(copied(swapped), batches, original, options, state=state, resume=True)
 
     refused("no such file, so there is no run to resume")
     pixels = [torch.full_like(torch.cat([x for x, _ in batches]), float("inf"))]
     with pytest.raises(CalibrationError):
-        normswap.finetune(_copy(swapped), pixels, original, LEARN, state=state)
+        normswap.finetune(copied(swapped), pixels, original, LEARN, state=state)
     refused("the state of another run .sums differ.: start afresh")
     refused("the state of another run .options, sums differ.", FinetuneOptions(epochs=2))
     whole = state.read_bytes()
@@ -246,7 +243,7 @@ def test_a_state_that_cannot_be_gone_on_from(start, tmp_path):
     state.write_bytes(b"")
     refused("no state of a run, or truncated")
     with pytest.raises(ArgumentError, match="resume needs the file"):
-        normswap.finetune(_copy(swapped), batches, original, LEARN, resume=True)
+        normswap.finetune(copied(swapped), batches, original, LEARN, resume=True)
 
 
 def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
@@ -259,7 +256,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="the state of the run cannot be written: No space left on device"):
-        normswap.finetune(_copy(swapped), batches, original, LEARN, state=state, save_every=0.0)
+        normswap.finetune(copied(swapped), batches, original, LEARN, state=state, save_every=0.0)
     assert state.read_text() == "old"
     assert list(tmp_path.iterdir()) == [state]
 
@@ -283,10 +280,10 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
 def test_bad_arguments(start, take, options, text):
     original, swapped, batches = start
     pixels = torch.cat([x for x, _ in batches])[:take]
-    student = _copy(swapped)
+    student = copied(swapped)
     with pytest.raises(ArgumentError, match=text):
         normswap.finetune(student, [pixels] * bool(take), original, FinetuneOptions(**{**vars(LEARN), **options}))
-    assert _equal(student, swapped.state_dict())
+    assert same_weights(student, swapped.state_dict())
 
 
 def test_labels_and_heads_must_fit(start):
@@ -294,10 +291,10 @@ def test_labels_and_heads_must_fit(start):
     options = FinetuneOptions(**{**vars(LEARN), "labels": 1.0})
     wrong = [(x, y + 5) for x, y in batches]
     with pytest.raises(ArgumentError, match="labels go from 5 to 14, the model has classes 0 to 9"):
-        normswap.finetune(_copy(swapped), wrong, original, options)
+        normswap.finetune(copied(swapped), wrong, original, options)
     with pytest.raises(ArgumentError, match="the images have no labels"):
-        normswap.finetune(_copy(swapped), [x for x, _ in batches], original, options)
-    student = _copy(swapped)
+        normswap.finetune(copied(swapped), [x for x, _ in batches], original, options)
+    student = copied(swapped)
     student.reset_classifier(7)
     with pytest.raises(ArgumentError, match="different heads: \\(7,\\) outputs against the original's \\(10,\\)"):
         normswap.finetune(student, batches, original, LEARN)
@@ -307,14 +304,14 @@ def test_accelerate_is_named_when_it_is_missing(start, monkeypatch):
     original, swapped, batches = start
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(MissingExtraError, match=re.escape("pip install 'normswap[train]'")):
-        normswap.finetune(_copy(swapped), batches, original, LEARN)
+        normswap.finetune(copied(swapped), batches, original, LEARN)
 
 
 def _rank(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    original, swapped, batches = _start()
+    original, swapped, batches = started()
     found = normswap.finetune(swapped, batches, original, FinetuneOptions(**{**vars(LEARN), "batch_size": 12}))
     torch.save((swapped.state_dict(), found), folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -348,7 +345,9 @@ def test_convert_fine_tunes(tmp_path):
     assert record["stages"][3]["kl"] < record["stages"][2]["kl"]
     assert record["stages"][4]["agreement"] == record["stages"][3]["agreement"]
     assert record["seconds"]["finetune"] > 0
-    assert re.search(r"^finetune +12 steps in \d+ s; KL [\d.]+ to [\d.]+, same answer", result.stderr, re.MULTILINE)
+    assert re.search(
+        r"^finetune +12 steps in \d+ s; KL [\d.]+ to [\d.]+ \(\+-[\d.]+\), same answer", result.stderr, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(

@@ -267,3 +267,35 @@ def test_labels_are_missed_before_calibration(tmp_path):
     assert result.exit_code == 2
     assert "--label-weight needs labels" in result.stderr
     assert "calibrate" not in result.stderr
+
+
+def test_a_budget_is_judged_again_after_fine_tuning_and_fold(tmp_path):
+    """Met by the conversion; what is fused afterwards is another model, and its record must not say so."""
+    budget = ("--min-agreement", 1, "--max-keep", 1)
+    command = ("convert", *DEMO, *budget, "-o", tmp_path / "out", "--save-swapped", tmp_path / "swapped", "--json")
+    made = run(*command)
+    assert one_object(made)["budget"]["met"] is True
+    for missed in (False, True):
+        loaded = load_swapped(tmp_path / "swapped")
+        original = normswap.load_model(MODEL)
+        batches = list(normswap.load_images(original, FOLDER, "train").draw(32, 0))
+        if missed:
+            loaded.report.budget.min_agreement = 99.9
+            randomise_statistics(loaded.model)
+        normswap.finetune_swapped(loaded, original, batches, normswap.FinetuneOptions(batch_size=16))
+        assert loaded.report.budget.met is not missed
+        loaded.report.budget.met = missed
+        assert fuse(loaded, batches, original=original, atol=1.0).report.budget.met is not missed
+
+
+def test_images_that_calibration_saw_are_no_judges(swapped, tmp_path):
+    """The converted demo saw 32 images; with all 320 to train on, none of the rest is held out that it saw."""
+    flags = (*IMAGES, "--train-batch-size", 24, "-o", tmp_path / "tuned")
+    clean = run("finetune", "-m", swapped, *flags)
+    assert clean.exit_code == 0, clean.stderr
+    assert "calibration saw images" not in clean.stderr
+    all_of_them = ("-m", MODEL, *IMAGES, "--calib-samples", 320, "--method", "channel")
+    run("convert", *all_of_them, "-o", tmp_path / "out", "--save-swapped", tmp_path / "swapped")
+    told = run("finetune", "-m", tmp_path / "swapped", *flags, "--overwrite")
+    assert told.exit_code == 0, told.stderr
+    assert "calibration saw images that are held out now" in told.stderr
