@@ -77,18 +77,20 @@ def table(rows: list[dict]) -> str:
     """Return the rows as Markdown."""
     lines = [
         "| start | FFN BN | BN mode | lr | images | steps | seed | original % | top-1 % before, after | "
-        "same answer % before, after | KL before, after | taken |",
-        "|" + "---|" * 12,
+        "same answer % before, after | KL before, after | KL held out before, after | taken |",
+        "|" + "---|" * 13,
     ]
     for row in rows:
         setting = f"| {row['start']} | {row['ffn_bn']} | {row['bn_mode']} | {row['lr']:g} | {row['samples']} "
         if "stopped" in row:
-            lines.append(f"{setting}| - | {row['seed']} | - | {row['top1_before']:.2f}, - | - | - | stopped |")
+            lines.append(f"{setting}| - | {row['seed']} | - | {row['top1_before']:.2f}, - | - | - | - | stopped |")
             continue
+        before, after, *error = row["held_out_kl"]
+        held_out = f"{before:.3f}, {after:.3f}" + "".join(f" +-{value:.3f}" for value in error)
         lines.append(
             f"{setting}| {row['steps']} | {row['seed']} | {row['original']:.2f} | "
             f"{row['top1_before']:.2f}, {row['top1']:.2f} | {row['agreement_before']:.2f}, {row['agreement']:.2f} | "
-            f"{row['kl_before']:.3f}, {row['kl']:.3f} | {'yes' if row['taken'] else 'no'} |"
+            f"{row['kl_before']:.3f}, {row['kl']:.3f} | {held_out} | {'yes' if row['taken'] else 'no'} |"
         )
     return "\n".join(lines)
 

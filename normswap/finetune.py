@@ -39,9 +39,9 @@ def finetune(
 ) -> Finetuning:
     """Train ``swapped``, in place, to answer as ``original`` does, which stays as it is.
 
-    Dropout and drop path are off. If the model is not closer to the original than before on images that were held
-    out, it gets its old weights back, so it is never worse for it. Under torchrun or accelerate every process
-    passes the same images and trains on its share of them.
+    Dropout and drop path are off. Unless the model is closer to the original than before on images that were held
+    out, by two standard errors, it gets its old weights back, so chance makes no model worse. Under torchrun or
+    accelerate every process passes the same images and trains on its share of them.
 
     Args:
         swapped: a calibrated model with BatchNorm in; or a copy of ``original``, to see what training alone does.

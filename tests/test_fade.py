@@ -12,7 +12,7 @@ from normswap.fade import Fade
 
 from .models import family, images
 from .test_cli import DEMO, one_object, run
-from .test_finetune import LEARN, _start
+from .test_finetune import LEARN, started
 
 
 def _models():
@@ -76,7 +76,7 @@ def test_bad_fades(options):
 
 
 def test_a_control_moves_with_labels_only():
-    original, _, batches = _start()
+    original, _, batches = started()
     moved = copy.deepcopy(original)
     found = normswap.finetune(moved, batches, original, FinetuneOptions(**{**vars(LEARN), "labels": 1.0}))
     assert found.taken

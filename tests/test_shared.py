@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(shared_model, shared_images):
     model = normswap.load_model(shared_model)
-    images, evaluation = load_splits(model, shared_images, "train", "validation", workers=2)
+    images, evaluation = load_splits(model, shared_images, "train", "validation")
     batches = [batch for batch, _ in images.draw(1024, seed=42)]
     plan = normswap.make_plan(model)
     found = {}
