@@ -154,13 +154,14 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     console.say("load", options["model"])
     from normswap import load_swapped, pipeline
     from normswap.atomic import check_target
-    from normswap.errors import ArgumentError
+    from normswap.errors import ArgumentError, CheckpointError
     from normswap.save import model_arguments
 
     check_target(options["output"], options["overwrite"], _sources(options))
     device = o.pick_device(options["device"])
     swapped = load_swapped(options["model"].removeprefix("local-dir:"))
-    options["against"] = options["against"] or swapped.report.model
+    typed = options["against"]
+    options["against"] = typed or swapped.report.model
     check_target(options["output"], options["overwrite"], _sources(options))  # it may hold the original
     swapped.model.to(device)
     if not needs_original:
@@ -172,7 +173,12 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
         raise ArgumentError(
             f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
         )
-    original = pipeline.open_model(name, **weights, **model_arguments(swapped.original)).to(device)
+    try:
+        original = pipeline.open_model(name, **weights, **model_arguments(swapped.original)).to(device)
+    except (ArgumentError, CheckpointError) as error:
+        if typed is None:
+            raise type(error)(f"{error}; if it is elsewhere now, --against says where") from error
+        raise
     return swapped, original, device
 
 

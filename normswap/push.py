@@ -1,6 +1,5 @@
 """An output folder onto the Hugging Face Hub, in one commit: what would go there, and that it goes."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import ArgumentError, CheckpointError, HubError
-from .save import CARD, CONFIG, RECORD, WEIGHTS, is_output_folder
+from .save import CARD, CONFIG, RECORD, WEIGHTS, read_record
 
 _TOKEN = "set HF_TOKEN to a token that may write there, or run: hf auth login"
 
@@ -92,13 +91,12 @@ def prepare(
             raise ArgumentError(f"{name!r} is no repository of the Hub: {_line(error)}") from error
     if "/" not in repo_id:
         raise ArgumentError(f"{repo_id!r} is no repository of the Hub: write USER/{repo_id}")
-    if not is_output_folder(folder):
-        raise ArgumentError(f"{folder}: no {RECORD} in it, so normswap did not write this folder")
+    record = read_record(folder)
     for name in (WEIGHTS, CONFIG, CARD):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; convert again")
     try:
-        report = json.loads((folder / RECORD).read_text())["report"]
+        report = record["report"]
         kept = [site["path"] for site in report["plan"] if site["verdict"] == "keep"]
         budget = report.get("budget")
         met = budget["met"] if budget else None

@@ -131,19 +131,13 @@ def build(path: Path) -> nn.Module:
     Raises:
         ArgumentError, CheckpointError: see `load`.
     """
-    if not (path / RECORD).is_file():
-        raise ArgumentError(f"{path}: no {RECORD} in it, so normswap did not write this folder")
+    record = read_record(path)
     try:
-        record = json.loads((path / RECORD).read_text())
-        version = record["format"]
-        if version == FORMAT:
-            model = timm.create_model(f"local-dir:{path}", pretrained=False)
-            apply_edits(model, record["edits"])
+        model = timm.create_model(f"local-dir:{path}", pretrained=False)
+        apply_edits(model, record["edits"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: cannot be rebuilt from its {CONFIG} and {RECORD} ({problem})") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
     return model.eval()
 
 

@@ -224,13 +224,13 @@ def test_folders_that_are_none(folders, tmp_path):
     assert result.exit_code == 2
     assert "normswap did not write this folder" in result.stderr
     (tmp_path / "normswap.json").write_text("{")
+    with pytest.raises(normswap.CheckpointError, match="cannot be read"):
+        prepare(tmp_path, "user/model")
+    (tmp_path / "normswap.json").write_bytes((folders / "whole/normswap.json").read_bytes())
     with pytest.raises(normswap.CheckpointError, match="is missing"):
         prepare(tmp_path, "user/model")
     for name in ("model.safetensors", "config.json", "README.md"):
         (tmp_path / name).write_bytes((folders / "whole" / name).read_bytes())
-    with pytest.raises(normswap.CheckpointError, match="cannot be read"):
-        prepare(tmp_path, "user/model")
-    (tmp_path / "normswap.json").write_bytes((folders / "whole/normswap.json").read_bytes())
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache/secret").write_text("hidden")
     (tmp_path / "onnx").mkdir()

@@ -244,6 +244,17 @@ def test_the_original_is_never_replaced(tmp_path):
     assert sorted(path.name for path in copied.iterdir()) == before
 
 
+def test_an_original_that_moved_away(tmp_path):
+    copied = tmp_path / "original"
+    shutil.copytree(FOLDER, copied)
+    command = ("convert", "-m", f"local-dir:{copied}", *DEMO[2:], "--method", "channel", "-o", tmp_path / "out")
+    assert run(*command, "--save-swapped", tmp_path / "swapped").exit_code == 0
+    shutil.rmtree(copied)
+    lost = run("finetune", "-m", tmp_path / "swapped", *IMAGES, "-o", tmp_path / "tuned")
+    assert lost.exit_code == 2
+    assert lost.stderr.splitlines()[-1].endswith("if it is elsewhere now, --against says where")
+
+
 def test_no_other_command_takes_it_for_a_model(swapped):
     result = run("evaluate", "-m", f"local-dir:{swapped}", *IMAGES)
     assert result.exit_code == 2
