@@ -23,6 +23,7 @@ import torch
 import normswap
 from normswap.benchmark import COMPILE, EAGER, ENGINES, ONNXRUNTIME, benchmark_models
 from normswap.errors import BenchmarkError
+from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 from normswap.variants import stand_in
 
 MODELS = {
@@ -34,7 +35,6 @@ MODELS = {
     "ConvNeXt-T": "convnext_tiny",
 }
 GPU_BATCHES, GPU_PRECISIONS, GPU_ENGINES = (1, 128), ("float32", "bfloat16"), (EAGER, COMPILE)
-VARIANTS = ("original", "fused", "norm-free", "original again")
 
 
 def processor() -> str:
@@ -175,7 +175,41 @@ def findings(records: Iterable[dict[str, Any]]) -> list[str]:
     ]
 
 
-def document(records: list[dict[str, Any]]) -> str:
+ON_IMAGES = (
+    "Time can depend on the images. A converted model on noise, which no photo is like, may have attention so peaked",
+    "that its softmax gives denormal numbers, which many CPUs compute with several times slower: ONNX Runtime took",
+    "16.5 ms instead of 8.9 for 16 images of noise with the demo model, and 8.2 instead of 8.7 for 16 of its own",
+    "images (an experiment during development). PyTorch's kernels did not suffer. So `normswap benchmark` takes images",
+    "by `--data-dir`, and where they are random it lets denormal numbers count as zero, as",
+    "`torch.set_flush_denormal(True)` does for any program.",
+)
+
+
+def real_table(record: dict[str, Any]) -> list[str]:
+    """Return the section about one pretrained model on images, from what ``normswap benchmark --json`` printed."""
+    rows = {(r["infer_batch_size"], r["engine"], r["variant"]): r for r in record["results"]}
+    settings, versions = record["settings"], record["versions"]
+    lines = [
+        "## A pretrained model on images",
+        "",
+        f"{record['model']} at {record['img_size']} pixels, converted by `reconstruct`, on {settings['images']}; "
+        f"{settings['threads']} thread(s), torch {versions['torch']}, timm {versions['timm']}, {settings['rounds']} "
+        "rounds, clock: CPU time. `normswap benchmark -m ... --against local-dir:out --data-dir ... -b 1,16 "
+        "--threads 1 --clock cpu --json` printed it.",
+        "",
+        "| engine | batch | original, ms | fused, ms | norm-free, ms | fused gains % | copy of the original % |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for batch, engine in dict.fromkeys((batch, engine) for batch, engine, _ in rows):
+        of = {variant: rows[batch, engine, variant] for variant in VARIANTS}
+        times = " | ".join(f"{of[name]['infer_step_time']:.2f}" for name in (ORIGINAL, FUSED, BOUND))
+        spread = f"({gain(of[FUSED]['ratio_q25'])} to {gain(of[FUSED]['ratio_q75'])})"
+        cells = f"{gain(of[FUSED]['ratio'])} {spread} | {gain(of[AGAIN]['ratio'])}"
+        lines.append(f"| {engine} | {batch} | {times} | {cells} |")
+    return [*lines, ""]
+
+
+def document(records: list[dict[str, Any]], real: dict[str, Any] | None) -> str:
     """Return docs/performance.md."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for record in records:
@@ -198,8 +232,9 @@ def document(records: list[dict[str, Any]]) -> str:
             "that of images per second over the original's in the same round: median, quartiles in brackets. The copy",
             "shows the noise. Equal models differ by where their weights lie in memory, so all are put elsewhere three",
             "times on the way, which is in the spread. On a CPU glibc keeps freed memory: otherwise page faults, at",
-            "moments that depend on what ran before, cost some models more than others. Weights and images are random.",
-            "Peak memory is that of the weights and activations of one step, without the images.",
+            "moments that depend on what ran before, cost some models more than others. Weights and images are random",
+            "where nothing else is said. Peak memory is that of the weights and activations of one step, without the",
+            "images.",
             "",
             *findings(records),
             *([f"- Not measured on any machine: {', '.join(missing)}."] if missing else []),
@@ -207,6 +242,9 @@ def document(records: list[dict[str, Any]]) -> str:
             "## Measured",
             "",
             *(line for group in groups.values() for line in machine_table(group)),
+            *([] if real is None else real_table(real)),
+            *ON_IMAGES,
+            "",
             "## GPU",
             "",
             "Fused against original, % more images per second, in float32 (TF32 off, torch's default) and with weights",
@@ -306,7 +344,8 @@ def main(
     options = {"device": device, "rounds": rounds, "clock": clock, "shared": shared, "machine": processor()}
     for name in [] if render else models.split(","):
         measure(name, cases, options, records, path)
-    out.write_text(document(records))
+    real = out.with_name("performance-real.json")
+    out.write_text(document(records, json.loads(real.read_text()) if real.exists() else None))
     click.echo(f"normswap {normswap.__version__}: {len(records)} cases in {out}")
 
 

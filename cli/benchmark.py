@@ -30,6 +30,7 @@ class BatchSizes(click.ParamType):
 @o.architecture_options()
 @o.weights_options()
 @click.option("--against", metavar="MODEL", help="the converted model, local-dir:OUT [one is built for its time alone]")
+@o.source_options("split whose first images are used")
 @click.option(
     "-b",
     "--batch-size",
@@ -81,18 +82,19 @@ def benchmark(
     """Time a model against its converted form and against the same architecture without any norm.
 
     The models run in turn in one process; every round gives a ratio, and its median and quartiles are shown. Without
-    --against a fused model is built from random images: wrong answers, right time. Columns are named as in timm's
-    benchmark.py. Peak memory is that of weights and activations, without the images.
+    --against a fused model is built: wrong answers, right time. Without images random ones are used, and denormal
+    numbers count as zero. Columns are named as in timm's benchmark.py. Peak memory is that of weights and activations,
+    without the images.
 
     \b
-    normswap benchmark -m local-dir:my-model --against local-dir:out --threads 1
+    normswap benchmark -m local-dir:my-model --against local-dir:out --data-dir images --threads 1
     normswap benchmark -m vit_base_patch16_224 -b 1,128 --device cuda --amp --amp-dtype bfloat16 --compile
     """
     console = Console(as_json, quiet)
     console.say("load", model)
     import torch
 
-    from normswap import benchmark_models
+    from normswap import benchmark_models, load_images
     from normswap.benchmark import COMPILE, EAGER, ONNXRUNTIME
     from normswap.engines import has_onnxruntime
     from normswap.errors import ArgumentError
@@ -116,6 +118,12 @@ def benchmark(
         fused = open_model(
             against, **({} if is_converted(against) else {**o.architecture(options), **_no_weights(against)})
         )
+    images = None
+    if options["data_dir"] is not None or options["dataset"]:
+        split = (options["data_dir"], options["split"], options["dataset"])
+        images = load_images(original, *split, labels=False)
+        images = images.draw(max(size for sizes in batch_sizes for size in sizes), 42)
+        console.say("images", images.description)
     engines = [EAGER, *([COMPILE] if compiled else [])]
     if onnxruntime or (onnxruntime is None and has_onnxruntime()):
         engines.append(ONNXRUNTIME)
@@ -126,6 +134,7 @@ def benchmark(
             result = benchmark_models(
                 original,
                 fused,
+                images=images,
                 batch_sizes=list(dict.fromkeys(size for sizes in batch_sizes for size in sizes)),
                 engines=engines,
                 optional=[] if onnxruntime else [ONNXRUNTIME],

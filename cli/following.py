@@ -16,25 +16,8 @@ def line(*words: Any) -> str:
     return shlex.join(str(word) for word in ("normswap", *words))
 
 
-def images(options: dict[str, Any]) -> list[str]:
-    """Return the flags that name the same evaluation images."""
-    return _flags(options, _IMAGES)
-
-
-def against(options: dict[str, Any]) -> list[str]:
-    """Return the flags that name what ``-m`` named as the original to compare with."""
-    words = ["--against", options["model"]]
-    for name in ("pretrained", "checkpoint", "use_ema"):
-        words += _flags({f"against_{name}": options[name]}, [f"against_{name}"])
-    return words + _flags(options, _ARCHITECTURE)
-
-
-def still_against(options: dict[str, Any]) -> list[str]:
-    """Return the flags of ``--against`` as they were given."""
-    return _flags(options, ("against", "against_pretrained", "against_checkpoint", "against_use_ema"))
-
-
-def _flags(options: dict[str, Any], names: Iterable[str]) -> list[str]:
+def flags(options: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Return the flags of those options that were given something else than their default."""
     words: list[str] = []
     for name in names:
         value, flag = options[name], f"--{name.replace('_', '-')}"
@@ -47,3 +30,21 @@ def _flags(options: dict[str, Any], names: Iterable[str]) -> list[str]:
         else:
             words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
     return words
+
+
+def images(options: dict[str, Any]) -> list[str]:
+    """Return the flags that name the same evaluation images."""
+    return flags(options, _IMAGES)
+
+
+def against(options: dict[str, Any]) -> list[str]:
+    """Return the flags that name what ``-m`` named as the original to compare with."""
+    words = ["--against", options["model"]]
+    for name in ("pretrained", "checkpoint", "use_ema"):
+        words += flags({f"against_{name}": options[name]}, [f"against_{name}"])
+    return words + flags(options, _ARCHITECTURE)
+
+
+def still_against(options: dict[str, Any]) -> list[str]:
+    """Return the flags of ``--against`` as they were given."""
+    return flags(options, ("against", "against_pretrained", "against_checkpoint", "against_use_ema"))

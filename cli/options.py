@@ -110,7 +110,7 @@ def data_options() -> Callable[[F], F]:
     )
 
 
-def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
+def source_options(split: str = "split to evaluate on") -> Callable[[F], F]:
     return _all(
         click.option(
             "--data-dir",
@@ -118,7 +118,13 @@ def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
             help="folder of class folders, folder with one folder or .tar per split, or a .tar",
         ),
         click.option("--dataset", default="", help="timm's dataset name, as torch/cifar10 or hfds/..."),
-        click.option("--split", default="validation", show_default=True, help="split to evaluate on"),
+        click.option("--split", default="validation", show_default=True, help=split),
+    )
+
+
+def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
+    return _all(
+        source_options(),
         click.option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm's class map file"),
         click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
         click.option(

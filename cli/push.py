@@ -5,8 +5,12 @@ from typing import Any
 
 import click
 
+from . import following
 from .console import Console, NormswapCommand
 from .options import output_options
+
+_MESSAGE = "Add a model converted by normswap"
+_SENT = ("private", "revision", "base_model", "message")
 
 
 @click.command(cls=NormswapCommand)
@@ -15,7 +19,7 @@ from .options import output_options
 @click.option("--private", is_flag=True, help="make the repository private, if it is made now")
 @click.option("--revision", metavar="BRANCH", help="push to this branch  [the main one]")
 @click.option("--base-model", metavar="ID", help="the original's id on the Hub, if the model card does not name it")
-@click.option("--message", default="Add a model converted by normswap", show_default=True, help="of the commit")
+@click.option("--message", default=_MESSAGE, show_default=True, help="of the commit")
 @click.option("--dry-run", is_flag=True, help="show the files and the model card's metadata, and send nothing")
 @output_options()
 def push(folder: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
@@ -49,7 +53,7 @@ def push(folder: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, 
         console.say("note", "this model misses the accuracy budget it was converted with")
     console.say("note", "normswap.json holds the command line that made it, with its paths")
     if dry_run:
-        again = f"normswap push {folder} {repo_id}"
-        console.say("next", f"{again}   (nothing was sent)")
+        again = following.flags({**options, "message": message if message != _MESSAGE else None}, _SENT)
+        console.say("next", f"{following.line('push', folder, repo_id, *again)}   (nothing was sent)")
     else:
         console.say("pushed", str(record["url"]))

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from .calibrate import Progress, no_progress
-from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, prepare, workplace
+from .calibrate import Progress, no_progress, rebatched
+from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, denormals_as_zero, prepare, workplace
 from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
 from .throughput import VARIANTS, Benchmark, Timing
@@ -34,6 +35,7 @@ def benchmark_models(
     original: nn.Module,
     fused: nn.Module | None = None,
     *,
+    images: Iterable[Any] | None = None,
     batch_sizes: Sequence[int] = (1,),
     engines: Sequence[str] = (EAGER,),
     optional: Collection[str] = (),
@@ -52,13 +54,19 @@ def benchmark_models(
     A second copy of the original comes last in each round; its ratio to the first shows the noise. Where the weights
     lie in memory is changed three times on the way.
 
-    A step is one call of a model on one batch of random images. Its time is by CUDA events on a GPU. On a CPU as many
-    threads as `torch.get_num_threads` says take part, and glibc is told to keep freed memory meanwhile.
+    A step is one call of a model on one batch of images. Its time is by CUDA events on a GPU. On a CPU as many threads
+    as `torch.get_num_threads` says take part, and glibc is told to keep freed memory meanwhile.
+
+    Time can depend on the images: on noise, which no image is like, a converted model's attention may become so
+    peaked that its softmax gives denormal numbers, which many CPUs compute with several times slower. So those count
+    as zero where the images are random; where they are given, everything is as it will be.
 
     Args:
         original: with LayerNorm, from timm; stays as it is, as does ``fused``.
         fused: the same converted; default: one is built that has the operators of a converted one, so that its time
             can be known before any image is looked at.
+        images: batches `[B, C, H, W]`, or tuples that start with one, of which the first images are used, again and
+            again if they are fewer than a batch wants; default: random ones.
         batch_sizes: images per step.
         engines: "eager", "compile" (torch.compile) and "onnxruntime".
         optional: engines that are left out with a note where they cannot run.
@@ -81,6 +89,12 @@ def benchmark_models(
     weight = next(original.parameters())
     target = torch.device(device) if device is not None else weight.device
     _check(batch_sizes, engines, rounds, target, clock)
+    pixels = None if images is None else next(rebatched(images, max(batch_sizes)), None)
+    if images is not None and pixels is None:
+        raise ArgumentError("no images to run the models on")
+    if pixels is not None:
+        channels, height, width = pixels.shape[1:]
+        input_size = (channels, height, width)
     size = resolve_input_size(original, input_size)
     precision = dtype or weight.dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -94,7 +108,7 @@ def benchmark_models(
                 raise
             notes.append(f"{engine}: not measured: {error}")
     progress("benchmark: build", 0, 1)
-    fused = stand_in(original) if fused is None else fused
+    fused = stand_in(original, pixels) if fused is None else fused
     bound = norm_free(original, fused)
     models = {
         variant: copy.deepcopy(model).to(target, precision, memory_format=layout).eval()  # type: ignore[call-overload]
@@ -112,6 +126,7 @@ def benchmark_models(
             "threads": torch.get_num_threads(),
             "clock": "cuda events" if target.type == "cuda" else clock,
             "rounds": rounds,
+            "images": "random" if pixels is None else getattr(images, "description", f"{len(pixels)} images"),
         },
         differences=differences(fused, bound),
         notes=notes,
@@ -119,15 +134,18 @@ def benchmark_models(
     tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
     turns = len(usable) * len(batch_sizes) * rounds * len(models)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), _steady(target):
+    random = pixels is None
+    with torch.no_grad(), _steady(target), denormals_as_zero() if random else nullcontext():
         for i, engine in enumerate(usable):
             for j, batch_size in enumerate(batch_sizes):
-                images = torch.randn(batch_size, *size, generator=generator)
-                images = images.to(target, precision, memory_format=layout)
+                batch = torch.randn(batch_size, *size, generator=generator) if pixels is None else pixels
+                batch = batch[torch.arange(batch_size) % len(batch)]
+                batch = batch.to(target, precision, memory_format=layout)
                 before = (i * len(batch_sizes) + j) * rounds * len(models)
                 shown = _Shown(progress, f"{engine}, batch {batch_size}", before, turns)
                 try:
-                    result.timings += _case(models, engine, images, amp_dtype, tick, rounds, shown, result.notes)
+                    settings = (amp_dtype, random)
+                    result.timings += _case(models, engine, batch, settings, tick, rounds, shown, result.notes)
                 except (BenchmarkError, MissingExtraError) as error:
                     if engine not in optional:
                         raise
@@ -156,7 +174,7 @@ def _case(
     models: dict[str, nn.Module],
     engine: str,
     images: torch.Tensor,
-    amp_dtype: torch.dtype | None,
+    settings: tuple[torch.dtype | None, bool],
     clock: Clock,
     rounds: int,
     shown: Callable[[str, int], None],
@@ -169,7 +187,7 @@ def _case(
         for variant, model in models.items():
             shown(f"{variant}, warming up", 0)
             try:
-                runs[variant] = prepare(engine, model, images, folder, amp_dtype)
+                runs[variant] = prepare(engine, model, images, folder, *settings)
                 seconds.append(warm_up(runs[variant].step, clock))
                 output = torch.as_tensor(runs[variant].step())
             except (BenchmarkError, MissingExtraError):
@@ -180,7 +198,7 @@ def _case(
                 raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
             shapes[variant] = tuple(output.shape)
             if not torch.isfinite(output).all():
-                notes.append(f"{variant}: its answers to random images are not finite; it is timed all the same")
+                notes.append(f"{variant}: its answers are not finite; it is timed all the same")
         if len(set(shapes.values())) > 1:
             answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
             raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")

@@ -60,8 +60,24 @@ def check_engine(engine: str, device: torch.device, dtype: torch.dtype, amp_dtyp
             raise BenchmarkError("this ONNX Runtime has no CUDA provider: pip install onnxruntime-gpu")
 
 
+@contextmanager
+def denormals_as_zero() -> Iterator[None]:
+    """Let this thread take denormal numbers as zero, where the processor can."""
+    before = float(torch.full((1,), 1e-310, dtype=torch.float64).mul(1.0)) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 def prepare(
-    engine: str, model: nn.Module, images: torch.Tensor, folder: Path, amp_dtype: torch.dtype | None = None
+    engine: str,
+    model: nn.Module,
+    images: torch.Tensor,
+    folder: Path,
+    amp_dtype: torch.dtype | None = None,
+    flush: bool = False,
 ) -> Runnable:
     """Return a model ready to run on images `[B, C, H, W]`, both on their device and in their dtype and layout.
 
@@ -71,6 +87,7 @@ def prepare(
         images: what each step computes on.
         folder: where files may lie as long as it runs, from `workplace`.
         amp_dtype: autocast to it; not for ONNX Runtime.
+        flush: also let ONNX Runtime's own threads take denormal numbers as zero.
 
     Raises:
         BenchmarkError: this engine cannot run this model here.
@@ -78,7 +95,7 @@ def prepare(
     """
     check_engine(engine, images.device, images.dtype, amp_dtype)
     if engine == ONNXRUNTIME:
-        return _onnxruntime(model, images, Path(tempfile.mkdtemp(dir=folder)))
+        return _onnxruntime(model, images, Path(tempfile.mkdtemp(dir=folder)), flush)
     # Fixed sizes, so that no second batch size makes the first one's code general.
     run = torch.compile(model, dynamic=False) if engine == COMPILE else model
 
@@ -144,7 +161,7 @@ def _activations(step: Step, device: torch.device) -> int:
     return most
 
 
-def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path) -> Runnable:
+def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path, flush: bool) -> Runnable:
     """Return the model on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
     import onnxruntime
 
@@ -152,6 +169,8 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path) -> Runnab
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
+    if flush:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     device = images.device
     provider: Any = "CPUExecutionProvider"
     if device.type == "cuda":

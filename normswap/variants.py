@@ -18,22 +18,23 @@ _IMAGES = 4
 _NAMED = 3
 
 
-def stand_in(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Return a fused model with the operators that `convert` would leave, set from a few random images.
+def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
+    """Return a fused model with the operators that `convert` would leave, set from a few images.
 
-    Its answers mean nothing, but it takes the time of a real one: that does not depend on what the weights are.
+    Its answers mean nothing, but on images like these it takes the time of a real one.
 
     Args:
         model: a timm model with LayerNorms, in eval mode; stays as it is.
-        seed: of the images.
+        images: `[B, C, H, W]`; default: random ones.
 
     Raises:
         NoLayerNormError, ModelRefusedError: see `make_plan`.
         CalibrationError, FoldError: weights with which the model overflows.
     """
-    plan = make_plan(model)
-    weight = next(model.parameters())
-    images = torch.randn(_IMAGES, *plan.input_size, generator=torch.Generator().manual_seed(seed)).to(weight)
+    plan = make_plan(model, input_size=None if images is None else tuple(images.shape[1:]))  # type: ignore[arg-type]
+    if images is None:
+        images = torch.randn(_IMAGES, *plan.input_size, generator=torch.Generator().manual_seed(0))
+    images = images[:_IMAGES].to(next(model.parameters()))
     swapped = swap_norms(model, plan)
     calibrate(swapped, [images], original=model, method="moments")
     return fold_norms(swapped.eval(), inplace=True, input_size=plan.input_size)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from torch import nn
 import normswap
 from normswap import timing
 from normswap.benchmark import ENGINES, _rounds, benchmark_models
-from normswap.demo import MODEL
+from normswap.demo import FOLDER, MODEL
 from normswap.engines import Runnable, _activations, prepare
 from normswap.norm import TokenAffine
 from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
@@ -234,6 +235,45 @@ def test_a_gpu_is_timed():
 def test_arguments_that_cannot_be_meant(arguments, words):
     with pytest.raises(normswap.ArgumentError, match=words):
         benchmark_models(family("vit"), **arguments)
+
+
+def _denormals_are_zero() -> bool:
+    return float(torch.full((1,), 1e-310, dtype=torch.float64).mul(1.0)) == 0
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_images_that_are_given_are_used_as_they_are(monkeypatch, given):
+    """Random ones may drive a converted model to denormal numbers, whose cost no real image has."""
+    model, seen = family("vit"), []
+    own = images(model, 3, seed=7)
+
+    def watched(engine, variant, batch, *settings):
+        seen.append((batch, _denormals_are_zero(), settings[-1]))
+        return prepare(engine, variant, batch, *settings)
+
+    monkeypatch.setattr(sys.modules["normswap.benchmark"], "prepare", watched)
+    before = _denormals_are_zero()
+    batches = iter([own[:2], (own[2:], None)]) if given else None
+    done = benchmark_models(model, fused_of(model), images=batches, batch_sizes=[2, 5], rounds=3)
+    assert len(seen) == 2 * len(VARIANTS)
+    for i, (batch, zero, flush) in enumerate(seen):
+        size = [2, 5][i // len(VARIANTS)]
+        assert len(batch) == size
+        assert torch.equal(batch, own[torch.tensor([0, 1, 2, 0, 1])[:size]]) is given
+        assert zero is flush is not given
+    assert _denormals_are_zero() is before
+    assert done.settings["images"] == ("3 images" if given else "random")
+
+
+def test_no_images_to_run_on():
+    with pytest.raises(normswap.ArgumentError, match="no images"):
+        benchmark_models(family("vit"), images=[], rounds=3)
+
+
+def test_the_command_line_takes_images(tmp_path):
+    result = run(*CLI, "-b", "1,4", "--data-dir", FOLDER, "--split", "train", "--no-onnxruntime", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert one_object(result)["settings"]["images"] == "4 of 320 images of demo/train.tar, seed 42"
 
 
 def test_models_with_other_answers_are_refused():

@@ -96,3 +96,12 @@ def test_commands_of_one_process_are_left_to_the_first(tmp_path, monkeypatch):
         result = run(*command)
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+def test_from_a_dry_run_to_the_push(tmp_path):
+    run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out")
+    given = ["--private", "--revision", "candidate", "--base-model", "user/base", "--message", "Ship it"]
+    dry = run("push", tmp_path / "out", "user/model", *given, "--dry-run")
+    assert dry.exit_code == 0, dry.stderr
+    words = _next(dry)
+    assert words == ["push", str(tmp_path / "out"), "user/model", *given, "(nothing", "was", "sent)"]
