@@ -2,16 +2,19 @@
 
     python benchmarks/performance.py --device cpu --threads 1 --clock cpu
     python benchmarks/performance.py --device cuda
-    python benchmarks/performance.py --render
+    python benchmarks/performance.py --render --add elsewhere.json
 
 Speed does not depend on what the weights have learnt, so they are random, and each fused model is set from a few random
 images. Every case is added to the results as soon as it is known; a run that is started again skips what is there, so
-results of several machines and runs add up.
+results of several machines and runs add up. Compiling takes most of a GPU's time, so one process per model may prepare
+while another is timed: give each its own ``--out`` and all the same ``--lock``, then put their results together.
 """
 
+import fcntl
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,17 @@ def key(record: dict[str, Any]) -> list[Any]:
     row = record["results"][0]
     names = ("device", "precision", "threads", "clock")
     return [record["machine"], record["model"], row["engine"], row["infer_batch_size"], *(settings[n] for n in names)]
+
+
+@contextmanager
+def locked(path: Path | None) -> Iterator[None]:
+    """Wait for a lock file, and hold it."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def gain(value: float, digits: int = 1) -> str:
@@ -293,6 +307,7 @@ def measure(name: str, cases: list[tuple[str, str, int]], options: dict[str, Any
                 dtype=getattr(torch, precision),
                 clock=options["clock"],
                 name=name,
+                alone=lambda: locked(options["lock"]),
             )
         except BenchmarkError as error:
             click.echo(f"{name}, {engine}, batch {batch_size}, {precision}: {error}", err=True)
@@ -314,6 +329,8 @@ def measure(name: str, cases: list[tuple[str, str, int]], options: dict[str, Any
 @click.option("--threads", type=click.IntRange(1), help="of the CPU [torch's own choice]")
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True, help="on a CPU")
 @click.option("--shared", is_flag=True, help="say that other programs ran on the machine")
+@click.option("--lock", type=click.Path(path_type=Path), help="file that the processes which time one GPU share")
+@click.option("--add", multiple=True, type=click.Path(exists=True, path_type=Path), help="another run's results")
 @click.option("--render", is_flag=True, help="write the document only")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs/performance.md"), help="the document")
 def main(
@@ -326,6 +343,8 @@ def main(
     threads: int | None,
     clock: str,
     shared: bool,
+    lock: Path | None,
+    add: tuple[Path, ...],
     render: bool,
     out: Path,
 ) -> None:
@@ -333,6 +352,10 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     path = out.with_suffix(".json")
     records = json.loads(path.read_text()) if path.exists() else []
+    for other in add:
+        known = [key(record) for record in records]
+        records += [record for record in json.loads(other.read_text()) if key(record) not in known]
+        path.write_text(json.dumps(records, indent=1) + "\n")
     gpu = device != "cpu"
     cases = [
         (precision, engine, int(batch_size))
@@ -342,6 +365,7 @@ def main(
         if not (engine == ONNXRUNTIME and precision != "float32")
     ]
     options = {"device": device, "rounds": rounds, "clock": clock, "shared": shared, "machine": processor()}
+    options["lock"] = lock
     for name in [] if render else models.split(","):
         measure(name, cases, options, records, path)
     real = out.with_name("performance-real.json")

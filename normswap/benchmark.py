@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
 from .throughput import VARIANTS, Benchmark, Timing
 from .timing import (
+    GPU_TURN_SECONDS,
+    TURN_SECONDS,
     Clock,
     cpu_clock,
     cuda_clock,
@@ -47,6 +50,7 @@ def benchmark_models(
     clock: str = "wall",
     input_size: tuple[int, int, int] | None = None,
     name: str | None = None,
+    alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
     progress: Progress = no_progress,
 ) -> Benchmark:
     """Time the original, the fused model and the same architecture without norms, one after the other in each round.
@@ -78,6 +82,8 @@ def benchmark_models(
         clock: "wall", or "cpu" for the CPU time of one thread, which a shared core does not disturb.
         input_size: (channels, height, width); default: the original's own.
         name: what to call the model.
+        alone: gives what is entered while a case is timed, as a lock, so that processes which prepare side by side do
+            not time at once.
         progress: called with ("benchmark: what", turns done, turns in all).
 
     Raises:
@@ -144,8 +150,15 @@ def benchmark_models(
                 before = (i * len(batch_sizes) + j) * rounds * len(models)
                 shown = _Shown(progress, f"{engine}, batch {batch_size}", before, turns)
                 try:
-                    settings = (amp_dtype, random)
-                    result.timings += _case(models, engine, batch, settings, tick, rounds, shown, result.notes)
+                    with workplace(engine) as folder:
+                        runs = _prepared(models, engine, batch, folder, (amp_dtype, random), shown, result.notes)
+                        with alone():
+                            times, steps = _timed(runs, tick, rounds, target, shown)
+                            peaks = {variant: run.peak_memory() for variant, run in runs.items()}
+                    for variant, model in models.items():
+                        parameters = sum(p.numel() for p in model.parameters())
+                        seconds, peak = times[variant], peaks[variant]
+                        result.timings.append(Timing(variant, engine, batch_size, steps, seconds, parameters, peak))
                 except (BenchmarkError, MissingExtraError) as error:
                     if engine not in optional:
                         raise
@@ -170,52 +183,48 @@ class _Shown:
         self.progress(f"benchmark: {self.case}, {variant}", self.before + done, self.turns)
 
 
-def _case(
+def _prepared(
     models: dict[str, nn.Module],
     engine: str,
     images: torch.Tensor,
+    folder: Path,
     settings: tuple[torch.dtype | None, bool],
-    clock: Clock,
-    rounds: int,
     shown: Callable[[str, int], None],
     notes: list[str],
-) -> list[Timing]:
-    """Time all variants on one engine with one batch `[B, C, H, W]`."""
-    with workplace(engine) as folder:
-        runs: dict[str, Runnable] = {}
-        shapes, seconds = {}, []
-        for variant, model in models.items():
-            shown(f"{variant}, warming up", 0)
-            try:
-                runs[variant] = prepare(engine, model, images, folder, *settings)
-                seconds.append(warm_up(runs[variant].step, clock))
-                output = torch.as_tensor(runs[variant].step())
-            except (BenchmarkError, MissingExtraError):
-                raise
-            except Exception as error:  # out of memory, no compiler: whatever the engine runs into
-                text = " ".join(str(error).split())[:200]
-                where = f"{variant}, {engine}, batch {len(images)}"
-                raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
-            shapes[variant] = tuple(output.shape)
-            if not torch.isfinite(output).all():
-                notes.append(f"{variant}: its answers are not finite; it is timed all the same")
-        if len(set(shapes.values())) > 1:
-            answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
-            raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")
-        steps = steps_per_turn(seconds[0])
-        times = _rounds(runs, clock, rounds, steps, shown)
-        return [
-            Timing(
-                variant,
-                engine,
-                len(images),
-                steps,
-                times[variant],
-                sum(p.numel() for p in models[variant].parameters()),
-                run.peak_memory(),
-            )
-            for variant, run in runs.items()
-        ]
+) -> dict[str, Runnable]:
+    """Return all variants ready to run on one batch `[B, C, H, W]`, and having run once."""
+    runs: dict[str, Runnable] = {}
+    shapes = {}
+    for variant, model in models.items():
+        shown(f"{variant}, getting ready", 0)
+        try:
+            runs[variant] = prepare(engine, model, images, folder, *settings)
+            output = torch.as_tensor(runs[variant].step())  # compiles, builds, allocates
+        except (BenchmarkError, MissingExtraError):
+            raise
+        except Exception as error:  # out of memory, no compiler: whatever the engine runs into
+            text = " ".join(str(error).split())[:200]
+            where = f"{variant}, {engine}, batch {len(images)}"
+            raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
+        shapes[variant] = tuple(output.shape)
+        if not torch.isfinite(output).all():
+            notes.append(f"{variant}: its answers are not finite; it is timed all the same")
+    if len(set(shapes.values())) > 1:
+        answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
+        raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")
+    return runs
+
+
+def _timed(
+    runs: dict[str, Runnable], clock: Clock, rounds: int, device: torch.device, shown: Callable[[str, int], None]
+) -> tuple[dict[str, list[float]], int]:
+    """Return the seconds per step of each round by variant, and how many steps a turn has."""
+    seconds = []
+    for variant, run in runs.items():
+        shown(f"{variant}, warming up", 0)
+        seconds.append(warm_up(run.step, clock))
+    steps = steps_per_turn(seconds[0], GPU_TURN_SECONDS if device.type == "cuda" else TURN_SECONDS)
+    return _rounds(runs, clock, rounds, steps, shown), steps
 
 
 def _rounds(

@@ -22,8 +22,9 @@ Step = Callable[[], Any]
 # Takes a step and how many times to run it; gives the seconds of each.
 Clock = Callable[[Step, int], list[float]]
 
-# A turn lasts about as long, so that a switch between programs (some milliseconds) hits few of its steps.
-TURN_SECONDS = 0.2
+# A turn lasts about as long, so that a switch between programs (some milliseconds) hits few of its steps. On a GPU
+# events time the steps, and no switch comes between.
+TURN_SECONDS, GPU_TURN_SECONDS = 0.2, 0.05
 MOST_STEPS = 200
 # As timm's benchmark.py; long steps are warm sooner.
 WARM_STEPS, WARM_SECONDS = 10, 1.0
@@ -110,9 +111,9 @@ def warm_up(step: Step, clock: Clock) -> float:
     return statistics.median(seconds)
 
 
-def steps_per_turn(seconds: float) -> int:
+def steps_per_turn(seconds: float, turn_seconds: float = TURN_SECONDS) -> int:
     """Return how many steps of this length make a turn, at least one."""
-    return min(MOST_STEPS, max(1, round(TURN_SECONDS / max(seconds, 1e-9))))
+    return min(MOST_STEPS, max(1, round(turn_seconds / max(seconds, 1e-9))))
 
 
 def take_turns(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torchvision.transforms.v2.functional import resized_crop
 
 import normswap
 from normswap import (
@@ -23,7 +24,7 @@ from normswap import (
     MissingExtraError,
     OutputError,
 )
-from normswap.augment import views
+from normswap.augment import _cropped, views
 from normswap.demo import FOLDER, MODEL
 from normswap.swap import batch_norms
 from normswap.training import estimate_statistics
@@ -100,6 +101,17 @@ def test_views(start):
     same = views(x[:1].expand(8, -1, -1, -1), 0.0, 0.6, 5)
     assert len({float(image.sum()) for image in same}) > 4
     assert all(float(torch.corrcoef(torch.stack([a.flatten(), x[0].flatten()]))[0, 1]) > 0.3 for a in same)
+
+
+def test_crops_are_what_a_resize_makes_of_them():
+    x = torch.rand(4, 3, 21, 30, dtype=torch.float64)
+    boxes = torch.tensor([[0, 0, 21, 30], [3, 5, 11, 20], [9, 0, 12, 9], [1, 14, 20, 15]], dtype=x.dtype)
+    got = _cropped(x, boxes)
+    for image, cropped, (top, left, height, width) in zip(x, got, boxes.int().tolist(), strict=True):
+        expected = resized_crop(image, top, left, height, width, [21, 30], antialias=True)
+        # A resize that sees the crop alone repeats its outermost pixels: two on each side may differ.
+        assert torch.allclose(cropped[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], atol=1e-9)
+    assert torch.allclose(got[0], x[0], atol=1e-9)
 
 
 def test_the_stem_stays_unless_it_is_wanted(start):
