@@ -19,9 +19,12 @@ import click
 import torch
 
 import normswap
+from normswap.calibrate import Progress
 from normswap.data import ImageSet, load_splits
 from normswap.provenance import versions
 from normswap.training import held_out_of
+
+SAY_EVERY = 20  # seconds
 
 
 def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: dict, calibrate: int | None) -> dict:
@@ -37,19 +40,21 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
     normswap.calibrate(swapped, batches, original=original, method=row["start"])
     calibrated = time.perf_counter() - start
     swapped.eval()
+    click.echo(f"calibrated in {calibrated:.0f} s", err=True)
     _, before = normswap.evaluate_models({"original": original, "before": swapped}, evaluation)
     options = normswap.FinetuneOptions(
         epochs=row["epochs"],
         lr=row["lr"],
         opt=row["opt"],
         bn_mode=row["bn_mode"],
+        batch_size=row["batch_size"],
         hflip=row["hflip"],
         scale=row["scale"],
         amp_dtype=torch.bfloat16 if row["amp"] else None,
         seed=row["seed"],
     )
     try:
-        found = normswap.finetune(swapped, train, original, options, held_out=held_out)
+        found = normswap.finetune(swapped, train, original, options, held_out=held_out, progress=told())
     except normswap.CalibrationError as error:
         return row | {"stopped": str(error), "top1_before": before.top1, "agreement_before": before.agreement}
     fused = normswap.fold_norms(swapped.eval())
@@ -73,22 +78,46 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
     }
 
 
+def told() -> Progress:
+    """Return a progress that says now and then how far it is."""
+    last = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > SAY_EVERY:
+            last = time.monotonic()
+            click.echo(f"{what}, {done} of {total}", err=True)
+
+    return progress
+
+
+def machine_of(device: str, threads: int) -> str:
+    """Return what computed."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
+
+
 def table(rows: list[dict]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| start | FFN BN | BN mode | lr | images | steps | seed | original % | top-1 % before, after | "
+        "| start | FFN BN | BN mode | lr | images | epochs | steps | batch | views | seed | original % "
+        "| top-1 % before, after | "
         "same answer % before, after | KL before, after | KL held out before, after | taken |",
-        "|" + "---|" * 13,
+        "|" + "---|" * 16,
     ]
     for row in rows:
         setting = f"| {row['start']} | {row['ffn_bn']} | {row['bn_mode']} | {row['lr']:g} | {row['samples']} "
+        setting += f"| {row['epochs']} "
+        batch, views = row["batch_size"], "yes" if row["hflip"] or row["scale"] < 1 else "no"
         if "stopped" in row:
-            lines.append(f"{setting}| - | {row['seed']} | - | {row['top1_before']:.2f}, - | - | - | - | stopped |")
+            start = f"{row['top1_before']:.2f}, -"
+            lines.append(f"{setting}| - | {batch} | {views} | {row['seed']} | - | {start} | - | - | - | stopped |")
             continue
         before, after, *error = row["held_out_kl"]
         held_out = f"{before:.3f}, {after:.3f}" + "".join(f" +-{value:.3f}" for value in error)
         lines.append(
-            f"{setting}| {row['steps']} | {row['seed']} | {row['original']:.2f} | "
+            f"{setting}| {row['steps']} | {batch} | {views} | {row['seed']} | {row['original']:.2f} | "
             f"{row['top1_before']:.2f}, {row['top1']:.2f} | {row['agreement_before']:.2f}, {row['agreement']:.2f} | "
             f"{row['kl_before']:.3f}, {row['kl']:.3f} | {held_out} | {'yes' if row['taken'] else 'no'} |"
         )
@@ -106,11 +135,14 @@ def table(rows: list[dict]) -> str:
 @click.option("--opt", default=normswap.FinetuneOptions.opt, show_default=True)
 @click.option("--hflip", default=normswap.FinetuneOptions.hflip, show_default=True)
 @click.option("--scale", default=normswap.FinetuneOptions.scale, show_default=True)
+@click.option("--batch-size", default=normswap.FinetuneOptions.batch_size, show_default=True)
 @click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
 @click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--eval-samples", type=int, help="Evaluate on a random part [all of validation].")
 @click.option("--amp", is_flag=True, help="Train in bfloat16.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--workers", default=0, show_default=True, help="Processes that read images.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--out", default="docs/finetuning.json", show_default=True, type=click.Path(path_type=Path))
 def main(
@@ -124,21 +156,24 @@ def main(
     opt: str,
     hflip: float,
     scale: float,
+    batch_size: int,
     samples: int,
     calibrate: int | None,
     epochs: int,
     eval_samples: int | None,
     amp: bool,
+    device: str,
+    workers: int,
     threads: int,
     out: Path,
 ) -> None:
     """Measure what is missing in the output file and print the table."""
     torch.set_num_threads(threads)
-    original = normswap.load_model(model).eval()
-    images, validation = load_splits(original, data_dir, "train", "validation")
+    original = normswap.load_model(model).to(device).eval()
+    images, validation = load_splits(original, data_dir, "train", "validation", workers=workers)
     evaluation = list(validation.draw(eval_samples, 42) if eval_samples else validation)
     record = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    machine = f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
+    machine = machine_of(device, threads)
     for start, ffn_bn, mode, lr, seed in product(starts, positions, modes, rates, seeds):
         row = {"model": model, "start": start, "ffn_bn": ffn_bn, "bn_mode": mode, "lr": lr, "seed": seed}
         row |= {
@@ -147,6 +182,7 @@ def main(
             "scale": scale,
             "samples": min(samples, len(images)),
             "epochs": epochs,
+            "batch_size": batch_size,
             "amp": amp,
         }
         if any(row.items() <= known.items() for known in record["rows"]):

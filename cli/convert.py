@@ -41,7 +41,8 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option(
     "--memory-budget",
     type=o.Size(),
-    help="memory for calibration's activations, as 512M or 8G; the rest goes to disk  [half of what is free]",
+    help="memory for calibration's activations, as 512M or 8G, and as much of a GPU's; the rest goes to disk  "
+    "[half of what is free]",
 )
 @click.option(
     "--ffn-bn", type=click.Choice(_POSITIONS), default="pre-act", show_default=True, help="BatchNorm inside the FFN"

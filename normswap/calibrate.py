@@ -87,7 +87,7 @@ def calibrate(
         reconstruct: "all" re-solves the layers that read a norm and those that write to the residual stream,
             "readers" the first only. Other methods do not look at it.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
-            what is free.
+            what is free. On a GPU as many may stay there, up to half of what is free there.
         progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:

@@ -221,7 +221,7 @@ class Lockstep:
         sites: paths of the norms.
         batches: image batches `[B, C, H, W]`, all of them; under torch.distributed each process takes its share.
         observers: called with the input of other modules of the converted model, by path.
-        budget: bytes that the values at rest may take in memory; what is beyond goes to disk.
+        budget: bytes that the values at rest may take in memory; what is beyond goes to disk (see `Store`).
 
     Use as a context manager, which deletes what went to disk.
     """

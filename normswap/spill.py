@@ -1,8 +1,9 @@
-"""Keep the live values of every batch in memory as far as a budget goes, the rest on disk."""
+"""Keep the live values of every batch on their GPU as far as that goes, in memory up to a budget, the rest on disk."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,23 @@ class Store:
     (Dropping the least recently used one would drop, in a cycle, always the one needed next.)
 
     Args:
-        budget: bytes that the values at rest may take in memory.
+        budget: bytes that the values at rest may take in memory. On a GPU they may take as many, and at most half of
+            what was free there when the first came.
+
+    Attributes:
+        peak: most bytes that were in memory.
+        gpu_peak: most bytes that were on the GPU.
     """
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self.gpu_budget: int | None = None
         self.resident: dict[int, tuple[int, dict[str, Any]]] = {}
+        self.on_gpu: dict[int, tuple[int, dict[str, Any]]] = {}
         self.on_disk: set[int] = set()
+        self.device = torch.device("cpu")
         self.folder: Path | None = None
-        self.peak = 0
+        self.peak = self.gpu_peak = 0
 
     def put(self, index: int, values: dict[str, Any]) -> None:
         """Keep the values of one batch until they are taken.
@@ -62,11 +71,16 @@ class Store:
             OutputError: they do not fit on the disk either.
         """
         size = _bytes(values)
+        if self._fits_on_gpu(size, values):
+            self.on_gpu[index] = (size, values)
+            self.gpu_peak = max(self.gpu_peak, sum(size for size, _ in self.on_gpu.values()))
+            return
         if size > self.budget:
             raise ArgumentError(
                 f"--memory-budget {_human(self.budget)} is too small: one batch of activations takes {_human(size)}"
             )
         used = sum(size for size, _ in self.resident.values())
+        values = moved(values, torch.device("cpu"))
         if used + size <= self.budget:
             self.resident[index] = (size, values)
             self.peak = max(self.peak, used + size)
@@ -82,14 +96,26 @@ class Store:
 
     def take(self, index: int) -> dict[str, Any]:
         """Give back the values of one batch."""
+        if index in self.on_gpu:
+            return self.on_gpu.pop(index)[1]
         if index in self.on_disk:
             self.on_disk.discard(index)
-            return torch.load(self._file(index), weights_only=True)
-        return self.resident.pop(index, (0, {}))[1]
+            return moved(torch.load(self._file(index), weights_only=True), self.device)
+        return moved(self.resident.pop(index, (0, {}))[1], self.device)
+
+    def _fits_on_gpu(self, size: int, values: dict[str, Any]) -> bool:
+        device = next((tensor.device for tensor in _tensors(values)), self.device)
+        if device.type != "cuda":
+            return False
+        if self.gpu_budget is None:
+            self.device = device
+            self.gpu_budget = min(self.budget, torch.cuda.mem_get_info(device)[0] // 2)
+        return sum(size for size, _ in self.on_gpu.values()) + size <= self.gpu_budget
 
     def close(self) -> None:
         """Delete what is on disk."""
         self.resident.clear()
+        self.on_gpu.clear()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
@@ -100,12 +126,28 @@ class Store:
         return self.folder / f"{index}.pt"
 
 
-def _bytes(values: Any) -> int:
+def moved(values: Any, device: torch.device) -> Any:
+    """Return the same with every tensor on a device."""
     if isinstance(values, torch.Tensor):
-        return values.numel() * values.element_size()
+        return values.to(device)
     if isinstance(values, dict):
-        return sum(_bytes(value) for value in values.values())
-    return sum(_bytes(value) for value in values) if isinstance(values, list | tuple) else 0
+        return {key: moved(value, device) for key, value in values.items()}
+    return type(values)(moved(value, device) for value in values) if isinstance(values, list | tuple) else values
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _bytes(values: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(values))
 
 
 def _human(size: int) -> str:
