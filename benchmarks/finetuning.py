@@ -8,9 +8,11 @@ is stopped goes on where it was. No labels are used in training. One image in te
 calibration and training and decides whether training was a gain; accuracy is measured on the validation split.
 """
 
+import copy
 import json
 import platform
 import time
+from dataclasses import dataclass
 from datetime import date
 from itertools import product
 from pathlib import Path
@@ -22,26 +24,44 @@ import normswap
 from normswap.calibrate import Progress
 from normswap.data import ImageSet, load_splits
 from normswap.provenance import versions
+from normswap.report import StageMetrics
 from normswap.training import held_out_of
 
 SAY_EVERY = 20  # seconds
 
 
-def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: dict, calibrate: int | None) -> dict:
-    """Return ``row`` with what came out."""
+@dataclass(frozen=True)
+class Start:
+    """A calibrated model, and the images to go on with."""
+
+    swapped: torch.nn.Module
+    train: list
+    held_out: list
+    evaluation: list
+    before: StageMetrics
+    seconds: float
+
+
+def start_of(original: torch.nn.Module, images: ImageSet, evaluation: list, row: dict, calibrate: int | None) -> Start:
+    """Calibrate as the row says."""
     held = held_out_of(row["samples"])
     train = list(images.draw(row["samples"] - held, row["seed"]))
     held_out = list(images.draw(held, row["seed"], row["samples"] - held))
     swapped = normswap.swap_norms(original, ffn_bn=row["ffn_bn"])
-    start = time.perf_counter()
+    begun = time.perf_counter()
     batches = [batch for batch, _ in train]
     if calibrate is not None:
         batches = [torch.cat(batches)[:calibrate]]
     normswap.calibrate(swapped, batches, original=original, method=row["start"])
-    calibrated = time.perf_counter() - start
-    swapped.eval()
-    click.echo(f"calibrated in {calibrated:.0f} s", err=True)
-    _, before = normswap.evaluate_models({"original": original, "before": swapped}, evaluation)
+    seconds = time.perf_counter() - begun
+    click.echo(f"calibrated in {seconds:.0f} s", err=True)
+    _, before = normswap.evaluate_models({"original": original, "before": swapped.eval()}, evaluation)
+    return Start(swapped, train, held_out, evaluation, before, seconds)
+
+
+def measure(original: torch.nn.Module, start: Start, row: dict) -> dict:
+    """Return ``row`` with what came out."""
+    swapped, before = copy.deepcopy(start.swapped), start.before
     options = normswap.FinetuneOptions(
         epochs=row["epochs"],
         lr=row["lr"],
@@ -54,11 +74,11 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
         seed=row["seed"],
     )
     try:
-        found = normswap.finetune(swapped, train, original, options, held_out=held_out, progress=told())
+        found = normswap.finetune(swapped, start.train, original, options, held_out=start.held_out, progress=told())
     except normswap.CalibrationError as error:
         return row | {"stopped": str(error), "top1_before": before.top1, "agreement_before": before.agreement}
     fused = normswap.fold_norms(swapped.eval())
-    first, after = normswap.evaluate_models({"original": original, "after": fused}, evaluation)
+    first, after = normswap.evaluate_models({"original": original, "after": fused}, start.evaluation)
     return row | {
         "original": first.top1,
         "top1_before": before.top1,
@@ -74,7 +94,7 @@ def measure(original: torch.nn.Module, images: ImageSet, evaluation: list, row: 
         "taken": found.taken,
         "steps": found.steps,
         "dropped": found.dropped,
-        "seconds": {"calibrate": round(calibrated, 1), "finetune": found.seconds},
+        "seconds": {"calibrate": round(start.seconds, 1), "finetune": found.seconds},
     }
 
 
@@ -174,7 +194,8 @@ def main(
     evaluation = list(validation.draw(eval_samples, 42) if eval_samples else validation)
     record = json.loads(out.read_text()) if out.exists() else {"rows": []}
     machine = machine_of(device, threads)
-    for start, ffn_bn, mode, lr, seed in product(starts, positions, modes, rates, seeds):
+    last, begin = None, None
+    for start, ffn_bn, seed, mode, lr in product(starts, positions, seeds, modes, rates):
         row = {"model": model, "start": start, "ffn_bn": ffn_bn, "bn_mode": mode, "lr": lr, "seed": seed}
         row |= {
             "opt": opt,
@@ -187,7 +208,10 @@ def main(
         }
         if any(row.items() <= known.items() for known in record["rows"]):
             continue
-        found = measure(original, images, evaluation, row, calibrate)
+        of = {name: row[name] for name in ("start", "ffn_bn", "seed")}
+        if of != last:  # rows of one start follow each other
+            last, begin = of, start_of(original, images, evaluation, row, calibrate)
+        found = measure(original, begin, row)
         record["rows"].append(found | {"machine": machine, "date": str(date.today()), "versions": versions()})
         out.write_text(json.dumps(record, indent=1) + "\n")
         click.echo(json.dumps(found), err=True)

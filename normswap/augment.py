@@ -4,9 +4,12 @@ Distillation on few images overfits to them; views that student and teacher shar
 "Knowledge distillation: A good teacher is patient and consistent", section 3).
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
-from torchvision.transforms import RandomResizedCrop
+
+_MOST_STRETCHED = 1.1  # width over height of a crop, or height over width
 
 
 def views(x: torch.Tensor, hflip: float, scale: float, seed: int) -> torch.Tensor:
@@ -23,26 +26,34 @@ def views(x: torch.Tensor, hflip: float, scale: float, seed: int) -> torch.Tenso
         mirrored = torch.rand(len(x), generator=generator) < hflip
         x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)  # [B] -> [B, 1, 1, 1]
     if scale < 1:
-        with torch.random.fork_rng(devices=[]):  # the transform draws from torch's own generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            boxes = [RandomResizedCrop.get_params(image, [scale, 1.0], [0.9, 1.1]) for image in x]
-        x = _cropped(x, torch.tensor(boxes, dtype=x.dtype))
+        x = cropped(x, _boxes(len(x), scale, generator))
     return x
 
 
-def _cropped(x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def _boxes(count: int, scale: float, generator: torch.Generator) -> torch.Tensor:
+    """Return top, left, height and width of random crops `[B, 4]` as shares of the image.
+
+    They are drawn as Szegedy et al. 2015 do ("Going Deeper with Convolutions", section 6), with sides that differ less:
+    each crop's area is uniform from ``scale`` to 1 and the logarithm of its aspect ratio uniform.
+    """
+    area, ratio, top, left = torch.rand(4, count, generator=generator)  # [B] each
+    area, ratio = scale + (1 - scale) * area, (2 * ratio - 1).mul(math.log(_MOST_STRETCHED)).exp()
+    height, width = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    return torch.stack([top * (1 - height), left * (1 - width), height, width], dim=1)  # [B, 4]
+
+
+def cropped(x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Return a crop of each image `[B, C, H, W]`, resized to the old size, all at once: one by one keeps a GPU waiting.
 
     Args:
         x: the images.
-        boxes: top, left, height and width of each crop in pixels `[B, 4]`.
+        boxes: top, left, height and width of each crop as shares of the image `[B, 4]`.
     """
-    size = torch.tensor(x.shape[-2:], dtype=boxes.dtype)  # [2]: H, W
-    share = boxes[:, 2:] / size  # [B, 2]
-    centre = (2 * boxes[:, :2] + boxes[:, 2:]) / size - 1  # [B, 2], from -1 to 1 over the image
+    boxes = boxes.to(x)
+    corner, size = boxes[:, :2], boxes[:, 2:]  # [B, 2]: y, x
     theta = x.new_zeros(len(x), 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = share[:, 1].to(x), share[:, 0].to(x)
-    theta[:, 0, 2], theta[:, 1, 2] = centre[:, 1].to(x), centre[:, 0].to(x)
+    theta[:, 0, 0], theta[:, 1, 1] = size[:, 1], size[:, 0]
+    theta[:, :, 2] = (2 * corner + size - 1).flip(1)  # the centre, from -1 to 1 over the image, x before y
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, 2, 3] -> [B, H, W, 2]
     # Beyond the crop lies the rest of the image, and beyond the image its border: no resize looks further either.
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -24,7 +24,7 @@ from normswap import (
     MissingExtraError,
     OutputError,
 )
-from normswap.augment import _cropped, views
+from normswap.augment import _boxes, cropped, views
 from normswap.demo import FOLDER, MODEL
 from normswap.swap import batch_norms
 from normswap.training import estimate_statistics
@@ -104,14 +104,27 @@ def test_views(start):
 
 
 def test_crops_are_what_a_resize_makes_of_them():
-    x = torch.rand(4, 3, 21, 30, dtype=torch.float64)
-    boxes = torch.tensor([[0, 0, 21, 30], [3, 5, 11, 20], [9, 0, 12, 9], [1, 14, 20, 15]], dtype=x.dtype)
-    got = _cropped(x, boxes)
-    for image, cropped, (top, left, height, width) in zip(x, got, boxes.int().tolist(), strict=True):
-        expected = resized_crop(image, top, left, height, width, [21, 30], antialias=True)
+    x = torch.rand(4, 3, 20, 30, dtype=torch.float64)
+    pixels = [(0, 0, 20, 30), (3, 5, 11, 20), (9, 0, 11, 9), (1, 14, 19, 15)]
+    boxes = torch.tensor([[top / 20, left / 30, height / 20, width / 30] for top, left, height, width in pixels])
+    got = cropped(x, boxes.double())
+    for image, crop, box in zip(x, got, pixels, strict=True):
+        expected = resized_crop(image, *box, [20, 30], antialias=True)
         # A resize that sees the crop alone repeats its outermost pixels: two on each side may differ.
-        assert torch.allclose(cropped[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], atol=1e-9)
-    assert torch.allclose(got[0], x[0], atol=1e-9)
+        assert torch.allclose(crop[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], atol=1e-5)  # the boxes are float32
+    assert torch.allclose(got[0], x[0])
+
+
+def test_crops_lie_in_the_image_and_cover_what_they_may():
+    boxes = _boxes(2000, 0.5, torch.Generator().manual_seed(0))
+    top, left, height, width = boxes.T
+    area = height * width
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    assert ((top + height <= 1 + 1e-6) & (left + width <= 1 + 1e-6)).all()
+    assert area.min() > 0.45
+    assert (area.max() > 0.99) & (area.mean() - 0.75).abs().lt(0.02)
+    assert (width / height).max() < 1.22
+    assert (width / height).min() > 0.82
 
 
 def test_the_stem_stays_unless_it_is_wanted(start):

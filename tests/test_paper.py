@@ -1,18 +1,25 @@
 """examples/paper: its four variants build, take a step and fold; its report renders whatever came out."""
 
+import gzip
 import importlib
+import io
 import json
+import struct
+import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
 from normswap.swap import batch_norms
 
+from .child import ONE_THREAD
 from .tolerance import FOLD_FLOAT64
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "paper"
@@ -22,12 +29,13 @@ NORMS = {"layernorm": 0, "batchnorm": 2 * DEPTH + 1, "pre-act": 3 * DEPTH + 1, "
 
 @pytest.fixture(scope="module")
 def paper():
-    """The two modules of the example, which is a folder of scripts and no package."""
+    """Two modules of the example, which is a folder of scripts and no package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        names = ("train", "report")
+        names = ("tasks", "train", "report", "plot")
         before = {name: sys.modules.pop(name, None) for name in names}
-        yield tuple(importlib.import_module(name) for name in names)
+        _, train, report, _ = (importlib.import_module(name) for name in names)
+        yield train, report
         for name, module in before.items():
             sys.modules.pop(name)
             if module is not None:
@@ -38,7 +46,7 @@ def paper():
 def small(paper):
     """Random images and a recipe of two updates."""
     script, _ = paper
-    images, labels = torch.randn(16, *script.INPUT_SIZE), torch.arange(16) % 10
+    images, labels = torch.randn(16, *script.FASHION.input_size), torch.arange(16) % 10
     recipe = replace(script.Recipe(), train_images=16, test_images=16, epochs=1, batch=8, last_updates=1)
     return script.Data(images, labels, images, labels), recipe
 
@@ -81,7 +89,7 @@ def test_fused_equals_unfused(paper, variant):
     for norm in batch_norms(model).values():
         for name, low, high in (("running_mean", -1, 1), ("running_var", 0.5, 2), ("weight", 0.5, 2), ("bias", -1, 1)):
             getattr(norm, name).data.uniform_(low, high)
-    images = torch.randn(4, *paper[0].INPUT_SIZE, dtype=torch.float64)
+    images = torch.randn(4, *paper[0].FASHION.input_size, dtype=torch.float64)
     fused = paper[0].fuse(model)
     assert not batch_norms(fused)
     assert (fused(images) - model(images)).abs().max() < FOLD_FLOAT64
@@ -105,6 +113,46 @@ def test_rows_stay_and_other_recipes_are_refused(paper, tmp_path):
         script.Results(path, replace(recipe, epochs=99))
 
 
+def test_the_grid_runs_in_several_processes(tmp_path):
+    for name, count in (("train", 256), ("t10k", 64)):
+        for what, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            head = b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+            body = torch.randint(10, shape, dtype=torch.uint8).numpy().tobytes()
+            (tmp_path / f"{name}-{what}-ubyte.gz").write_bytes(gzip.compress(head + body))
+    results = tmp_path / "results.json"
+    options = ["--seeds", "1", "--lr", "0.001", "--depth", "1", "--jobs", "2", "--results", str(results)]
+    command = [sys.executable, str(FOLDER / "train.py"), "--data-dir", str(tmp_path), *options]
+    for _ in range(2):  # the second has nothing to do
+        done = subprocess.run(command, capture_output=True, text=True, env=ONE_THREAD, check=False)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(results.read_text())["runs"]
+        assert sorted(row["variant"] for row in rows) == sorted(NORMS)
+        assert not any(row["crashed"] for row in rows)
+    assert done.stdout == ""
+
+
+def test_photos_are_read_from_tars(paper, tmp_path):
+    tasks = sys.modules["tasks"]
+    for name, shade in (("train", 0), ("validation", 100)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for label, animal in enumerate(("cat", "dog")):
+                for i in range(3):
+                    content = io.BytesIO()
+                    Image.new("RGB", (32, 32), (shade + 50 * label, 0, 255)).save(content, "PNG")
+                    member = tarfile.TarInfo(f"{animal}/{i}.png")
+                    member.size = content.tell()
+                    content.seek(0)
+                    tar.addfile(member, content)
+    data = tasks.load_tars(tmp_path, replace(tasks.PHOTOS.recipe, train_images=4, mean=0.0, std=1.0))
+    assert data.labels.tolist() == [0, 1, 0, 1]
+    assert data.test_labels.tolist() == [0, 1] * 3
+    assert data.images.shape == (4, *tasks.PHOTOS.input_size)
+    assert (255 * data.images[:, 0, 0, 0]).round().tolist() == [0, 50, 0, 50]
+    assert (data.test_images[:, 2] == 1).all()
+    with pytest.raises(paper[0].click.ClickException, match=r"train\.tar.*--data-dir"):
+        tasks.load_tars(tmp_path / "elsewhere", tasks.PHOTOS.recipe)
+
+
 def test_missing_data_is_one_line(paper, tmp_path):
     done = CliRunner().invoke(paper[0].main, ["--data-dir", str(tmp_path), "--results", str(tmp_path / "r.json")])
     assert done.exit_code == 1
@@ -118,16 +166,21 @@ def test_the_report_says_what_came_out(paper):
     runs = [r | lost if r["variant"] == "batchnorm" and r["lr"] == 1 else r for r in runs]
     speed = {"depth": 4, "batch": 1, "layernorm_ms": 2.0, "fused_ms": 1.5, "norm_free_ms": 1.4, "date": "2026-11-25"}
     speed |= {"fused_speedup": [1.33, 1.2, 1.4], "norm_free_speedup": [1.43, 1.3, 1.5]}
-    text = report.markdown(content(script, runs, [speed]))
+    text = report.markdown([content(script, runs, [speed])])
     assert "| 4 | 1 | BatchNorm only | - | - | - | 2 of 2 | 0 of 2 | 3 | 1 |" in text
     assert "crashes seen in 8 runs" in text
     assert "fails more often than LayerNorm" in text
     assert "| 4 | 1 | 2.00 | 1.50 | 1.40 | 1.330 (1.200 to 1.400) | 1.430 (1.300 to 1.500) |" in text
     assert "2026-11-24 to 2026-11-25" in text
-    without = report.markdown(content(script, [row(v, 0.1, 4, 0) for v in NORMS]))
+    without = report.markdown([content(script, [row(v, 0.1, 4, 0) for v in NORMS])])
     assert "not seen: no crash in 1 runs" in without
     assert "fails as often as LayerNorm" in without
     assert "no difference to speak of" in without
+    photos = content(script, [row(v, 0.1, 4, 0) for v in NORMS]) | {"task": "photos"}
+    both = report.markdown([content(script, runs), photos])
+    assert "| here, a small ViT on Fashion-MNIST | here, a small ViT on photos |" in both
+    assert both.count("\n## On ") == 2
+    assert "](paper-photos.png)" in both
 
 
 def test_the_report_is_written(paper, tmp_path):
@@ -147,4 +200,4 @@ def test_without_matplotlib_the_extra_is_named(paper, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     script, report = paper
     with pytest.raises(script.click.ClickException, match=r"normswap\[report\]"):
-        report.write_report(content(script, [row("layernorm", 0.1, 4, 0)]), tmp_path)
+        report.write_report([content(script, [row("layernorm", 0.1, 4, 0)])], tmp_path)

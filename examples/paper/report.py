@@ -1,4 +1,4 @@
-"""Write docs/paper.md and docs/paper.png from results.json: every figure and every finding comes from its rows."""
+"""Write docs/paper.md and its plots from the results: every figure and every finding comes from their rows."""
 
 import math
 import statistics
@@ -9,18 +9,13 @@ from typing import Any
 
 import click
 
+from tasks import FASHION, TASKS  # isort: skip  # beside this file
+
 NAMES = {
     "layernorm": "LayerNorm",
     "batchnorm": "BatchNorm only",
     "pre-act": "BatchNorm + FFN, pre-act",
     "post-act": "BatchNorm + FFN, post-act",
-}
-# Okabe and Ito's colours, told apart by those who do not see red and green; a shape each besides.
-LOOKS = {
-    "layernorm": ("#000000", "o"),
-    "batchnorm": ("#D55E00", "s"),
-    "pre-act": ("#0072B2", "^"),
-    "post-act": ("#009E73", "v"),
 }
 SAME = 0.5  # points of top-1: a smaller difference of means is not called one
 Row = dict[str, Any]
@@ -50,31 +45,39 @@ SOURCES = """\
   this is why nothing crashed. The FFN's BatchNorm stands before the activation there.
 """
 LIMITS = """\
-- One small model, a few epochs of one small data set of grey pictures, no augmentation. DeiT on ImageNet for 300 epochs
-  may behave otherwise, in both directions: nothing here proves or refutes the paper at its own scale.
-- Three learning rates far apart. None was tuned for any variant, and the best rate may differ between variants.
-- Few seeds: the ranges are of single runs, not confidence intervals.
+- Small models, a few epochs of small data sets. DeiT on ImageNet for 300 epochs may behave otherwise, in both
+  directions: nothing here proves or refutes the paper at its own scale.
+- Few learning rates. None was tuned for any variant, and the best rate may differ between variants.
+- Few seeds, one of the photos: the ranges are of single runs, not confidence intervals.
 - Warm-up, float32 and AdamW may all keep crashes away: without them nothing was tried.
-- BatchNorm has running statistics with momentum 0.1 from one process and batches of 128.
+- BatchNorm has running statistics with momentum 0.1 from one process.
 - Seconds per run are of a machine that did other work at the same time: they say nothing fine about training speed.
 """
 
 
-def write_report(content: dict[str, Any], docs: Path) -> None:
-    """Write paper.md and paper.png.
+def write_report(contents: list[dict[str, Any]], docs: Path) -> None:
+    """Write paper.md and a plot for each task.
 
     Args:
-        content: of results.json.
+        contents: of the files of results.
         docs: folder, made if absent.
 
     Raises:
         ClickException: there are no runs, or matplotlib is missing.
     """
-    if not content["runs"]:
+    from plot import plot  # beside this file
+
+    if not all(content["runs"] for content in contents):
         raise click.ClickException("there are no runs in the results; run without --report first")
     docs.mkdir(parents=True, exist_ok=True)
-    plot(content["runs"], docs / "paper.png")
-    (docs / "paper.md").write_text(markdown(content))
+    for content in contents:
+        plot(content["runs"], docs / picture(content))
+    (docs / "paper.md").write_text(markdown(contents))
+
+
+def picture(content: dict[str, Any]) -> str:
+    """Return the name of a task's plot."""
+    return "paper.png" if content["task"] == FASHION.name else f"paper-{content['task']}.png"
 
 
 def pick(rows: Iterable[Row], **key: Any) -> list[Row]:
@@ -240,47 +243,44 @@ def speed_table(inference: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(content: dict[str, Any]) -> str:
+def markdown(contents: list[dict[str, Any]]) -> str:
     """Return the text of paper.md."""
-    runs, inference, env = (content[part] for part in ("runs", "inference", "environment"))
-    rates, dates = distinct(runs, "lr"), distinct([*runs, *inference], "date")
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    here = (crashes(runs), stabilises(runs), accurate(runs, rates[0]), faster(inference))
-    claims = "\n".join(f"| {' | '.join(row)} |" for row in zip(CLAIMS, REPLICATION, here, strict=True))
+    titles = [TASKS[content["task"]].title for content in contents]
+    heads = [
+        "the paper (abstract)",
+        "BN-ViT, DeiT-T on ImageNet",
+        *(f"here, a small ViT on {title}" for title in titles),
+    ]
+    columns = [CLAIMS, REPLICATION]
+    for content in contents:
+        runs = content["runs"]
+        columns.append(
+            (crashes(runs), stabilises(runs), accurate(runs, distinct(runs, "lr")[0]), faster(content["inference"]))
+        )
+    rows = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
+    claims = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    inference = [row for content in contents for row in content["inference"]]
+    what_came_out = "\n".join(section(content) for content in contents)
+    recipes = "\n\n".join(f"On {title}:\n\n{recipe(content)}" for title, content in zip(titles, contents, strict=True))
     return f"""\
 # BatchNorm in a ViT from scratch: the claims of Yao et al. 2021, put to the test
 
-Written by `python examples/paper/train.py --report` from `examples/paper/results.json`, the sentences about results
+Written by `python examples/paper/train.py --report` from the results in `examples/paper`, the sentences about results
 included. Do not edit.
-
-{len(runs)} runs on {when}; {env["machine"]}, {env["threads"]} thread, torch {env["torch"]}, timm {env["timm"]},
-Python {env["python"]}.
 
 ## Claims, the public replication, and this test
 
-| the paper (abstract) | BN-ViT, DeiT-T on ImageNet | here, small ViT on Fashion-MNIST |
-|---|---|---|
 {claims}
-
-## What came out
-
-{findings(runs)}
 
 A comparison is between runs of the same seed, that is the same initial weights of the linear layers and the same order
 of images; the range is over runs. A mean under {SAME} points is called "no difference to speak of".
 
-![Top-1 by learning rate, variant and depth](paper.png)
-
-Mean and range over {len(distinct(runs, "seed"))} seeds, of the runs that did not crash. The gradient norm is each run's
-largest, the median over seeds.
-
-{table(runs)}
-
+{what_came_out}
 ## Inference
 
-The same model with LayerNorm, with BatchNorm (pre-act) folded away by `normswap.fold_norms`, and built with no norm at
-all, which is the bound. In turns, one process, one thread, eager float32, random images; median of the times, and
-median (range) over rounds of the ratio within a round. Over 1 means faster than LayerNorm.
+The model of {titles[0]} with LayerNorm, with BatchNorm (pre-act) folded away by `normswap.fold_norms`, and built
+with no norm at all, which is the bound. In turns, one process, one thread, eager float32, random images; median of the
+times, and median (range) over rounds of the ratio within a round. Over 1 means faster than LayerNorm.
 
 {speed_table(inference)}
 
@@ -289,7 +289,13 @@ product weighs more here than in a model that is deployed.
 
 ## Recipe
 
-{recipe(content)}
+{recipes}
+
+- BatchNorm: `normswap.swap_norms`, attention, FFN and final norm, all fresh (weight 1, bias 0, eps 1e-5, momentum 0.1).
+  Trained on the batch's statistics over images and tokens, tested on the running ones.
+- Crashed: a loss or a gradient is not finite; the run ends there, without an accuracy. Diverged: it ends with a
+  training loss (mean over its last updates) over ln(10) = {math.log(10):.3f}, or with a top-1 near guessing. A run that
+  crashed does not count as diverged too.
 
 ## Limits
 
@@ -297,6 +303,29 @@ product weighs more here than in a model that is deployed.
 ## Sources
 
 {SOURCES}"""
+
+
+def section(content: dict[str, Any]) -> str:
+    """Return what came out of one task."""
+    runs, env = content["runs"], content["environment"]
+    dates, seeds = distinct([*runs, *content["inference"]], "date"), len(distinct(runs, "seed"))
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    gpu = f"{env['gpu']}, " if "gpu" in env else ""
+    many = f"range over {seeds} seeds" if seeds > 1 else "range over one seed, a single run"
+    return f"""\
+## On {TASKS[content["task"]].title}
+
+{len(runs)} runs on {when}; {gpu}{env["machine"]}, {env["threads"]} thread, torch {env["torch"]}, timm {env["timm"]},
+Python {env["python"]}.
+
+{findings(runs)}
+
+![Top-1 by learning rate, variant and depth]({picture(content)})
+
+Mean and {many}, of the runs that did not crash. The gradient norm is each run's largest, the median over seeds.
+
+{table(runs)}
+"""
 
 
 def findings(runs: list[Row]) -> str:
@@ -323,55 +352,15 @@ def recipe(content: dict[str, Any]) -> str:
     runs, model, how = content["runs"], content["model"], content["recipe"]
     depths = " or ".join(str(depth) for depth in distinct(runs, "depth"))
     rates = ", ".join(f"{lr:g}" for lr in distinct(runs, "lr"))
+    crops = f"mirrored with a chance of {how['hflip']:g}, random crops of {how['scale']:.0%} of the area or more"
     return f"""\
-- Data: Fashion-MNIST (Debian package `dataset-fashion-mnist`), the first {how["train_images"]:,} training images and
-  the first {how["test_images"]:,} test images, pixels less {how["mean"]} over {how["std"]}, no augmentation.
+- Data: {TASKS[content["task"]].source}, the first {how["train_images"]:,} training images and
+  the first {how["test_images"]:,} test images, pixels less {how["mean"]} over {how["std"]}, \
+{crops if how["hflip"] or how["scale"] < 1 else "no augmentation"}.
 - Model: timm `VisionTransformer`, {model["img_size"]}x{model["img_size"]} pixels, patch {model["patch_size"]}, width
   {model["embed_dim"]}, {model["num_heads"]} heads, depth {depths}, class token.
-- BatchNorm: `normswap.swap_norms`, attention, FFN and final norm, all fresh (weight 1, bias 0, eps 1e-5, momentum 0.1).
-  Trained on the batch's statistics over images and tokens, tested on the running ones.
 - Training: {how["epochs"]} epochs, batches of {how["batch"]}, timm's AdamW with weight decay {how["weight_decay"]} (not
   on norms and biases), timm's cosine schedule to 0 after a warm-up over {how["warmup"]:.0%} of the updates. **No
-  gradient clipping**, no dropout, float32, cross-entropy.
-- Learning rates {rates}; seeds {", ".join(str(seed) for seed in distinct(runs, "seed"))}.
-- Crashed: a loss or a gradient is not finite; the run ends there, without an accuracy. Diverged: it ends with a
-  training loss (mean over the last {how["last_updates"]} updates) over ln(10) = {math.log(10):.3f}, or with top-1 under
-  {how["min_top1"]:g} %. A run that crashed does not count as diverged too."""
-
-
-def plot(runs: list[Row], path: Path) -> None:
-    """Draw top-1 against learning rate, one panel per depth, every run a mark, on white for light and dark pages."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise click.ClickException('--report draws with matplotlib: pip install "normswap[report]"') from error
-    rates, depths = distinct(runs, "lr"), distinct(runs, "depth")
-    figure = Figure(figsize=(9, 4.5), dpi=120, facecolor="white", layout="constrained")
-    axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
-    for panel, depth in zip(axes, depths, strict=True):
-        for i, (name, (colour, shape)) in enumerate(LOOKS.items()):
-            # Side by side, or marks of the same accuracy would hide each other.
-            places = [rate + 0.12 * (i - 1.5) for rate in range(len(rates))]
-            means = []
-            for place, lr in zip(places, rates, strict=True):
-                rows = pick(runs, depth=depth, variant=name, lr=lr)
-                finished = known(rows, "top1")
-                means.append(statistics.fmean(finished) if finished else math.nan)
-                panel.plot(
-                    [place] * len(finished), finished, shape, color=colour, markersize=4, markerfacecolor="white"
-                )
-                lost = len(rows) - len(finished)
-                panel.plot([place] * bool(lost), [2] * bool(lost), "x", color=colour, markersize=8, markeredgewidth=2)
-            panel.plot(places, means, "-", color=colour, marker=shape, markersize=7, label=NAMES[name])
-        panel.axhline(10, color="#666666", linestyle=":", linewidth=1)
-        panel.set_title(f"depth {depth}")
-        panel.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-        panel.set_xlabel("learning rate")
-        panel.set_xlim(-0.5, len(rates) - 0.5)
-        panel.set_ylim(0, 100)
-        panel.grid(axis="y", color="#DDDDDD")
-        panel.set_axisbelow(True)
-    axes[0].set_ylabel("top-1 %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES), frameon=False)
-    figure.suptitle("Line: mean. Small mark: one run. Cross at 2: crashed. Dotted: guessing.", fontsize="medium")
-    figure.savefig(path)
+  gradient clipping**, no dropout, float32, cross-entropy. The last {how["last_updates"]} updates make the final loss;
+  top-1 under {how["min_top1"]:g} % is near guessing.
+- Learning rates {rates}; seeds {", ".join(str(seed) for seed in distinct(runs, "seed"))}."""

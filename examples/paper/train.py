@@ -3,31 +3,32 @@
 "Leveraging Batch Normalization for Vision Transformers" says that a ViT whose LayerNorms become BatchNorms often
 crashes in training, that one more BatchNorm in each FFN stops that, and that the result is as accurate as with
 LayerNorm and faster. Here the same ViT is trained on Fashion-MNIST in four variants, at three learning rates, two
-depths and several seeds, about 40 minutes on one thread:
+depths and several seeds, about 40 minutes on one thread; and a larger one for longer on photos, where there is a GPU:
 
     python examples/paper/train.py                # the grid; what results.json holds is not run again
     python examples/paper/train.py --inference    # time LayerNorm against fused and against no norm at all
-    python examples/paper/train.py --report       # docs/paper.md and docs/paper.png, from results.json alone
+    python examples/paper/train.py --task photos --device cuda --jobs 8
+    python examples/paper/train.py --report       # docs/paper.md and its plots, from the results alone
 
-The data is the Debian package ``dataset-fashion-mnist`` or the same four idx .gz files in any ``--data-dir``. What
-becomes of a run:
+The data is the Debian package ``dataset-fashion-mnist`` or the same four idx .gz files in any ``--data-dir``; for
+photos a train.tar and a validation.tar with a folder for each class. What becomes of a run:
 
 * crashed: a loss or a gradient is not finite. The run ends there and has no accuracy.
 * diverged: it ends with a training loss over ln(10), that of guessing, or with less than 20 % top-1.
 """
 
-import gzip
 import json
 import math
 import os
 import platform
 import statistics
-import struct
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from datetime import date
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -37,76 +38,20 @@ import torch
 from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import normswap
+from normswap.augment import views
 from normswap.swap import batch_norms
 
+from tasks import FASHION, TASKS, Data, Recipe, Task  # isort: skip  # beside this file
+
 HERE = Path(__file__).resolve().parent
-INPUT_SIZE = (1, 28, 28)
-SHAPE = {"img_size": 28, "in_chans": 1, "patch_size": 7, "embed_dim": 64, "num_heads": 4, "num_classes": 10}
 VARIANTS = ("layernorm", "batchnorm", "pre-act", "post-act")
-MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's training pixels
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a run besides variant, learning rate, depth and seed; stored with the results.
-
-    Attributes:
-        train_images: the first so many of the 60,000.
-        test_images: the first so many of the 10,000.
-        warmup: share of the updates in which the learning rate rises in a line.
-        last_updates: the final loss is the mean over so many updates, each before its own step.
-    """
-
-    train_images: int = 16384
-    test_images: int = 10000
-    epochs: int = 3
-    batch: int = 128
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    last_updates: int = 20
-    min_top1: float = 20.0
-
-
-@dataclass(frozen=True)
-class Data:
-    """Images `[N, 1, 28, 28]` and labels `[N]`, normalised."""
-
-    images: Tensor
-    labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def read_idx(path: Path) -> Tensor:
-    """Return the bytes of an idx file (two zeros, type 8, the number of dimensions, the dimensions, the data)."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except OSError as error:
-        raise click.ClickException(
-            f"{path}: {error.strerror or error}; apt-get install dataset-fashion-mnist, or pass --data-dir"
-        ) from error
-    if content[:3] != b"\0\0\x08":
-        raise click.ClickException(f"{path}: no idx file of bytes; take Fashion-MNIST's own")
-    shape = struct.unpack_from(f">{content[3]}I", content, 4)
-    return torch.frombuffer(bytearray(content[4 + 4 * len(shape) :]), dtype=torch.uint8).reshape(shape)
-
-
-def load_data(folder: Path, recipe: Recipe) -> Data:
-    """Return the images that the recipe names."""
-
-    def part(name: str, count: int) -> tuple[Tensor, Tensor]:
-        images = read_idx(folder / f"{name}-images-idx3-ubyte.gz")[:count]  # [N, 28, 28]
-        labels = read_idx(folder / f"{name}-labels-idx1-ubyte.gz")[:count]
-        return ((images.float() / 255 - MEAN) / STD).unsqueeze(1), labels.long()
-
-    return Data(*part("train", recipe.train_images), *part("t10k", recipe.test_images))
-
-
-def build(variant: str, depth: int, seed: int) -> nn.Module:
+def build(variant: str, depth: int, seed: int, task: Task = FASHION) -> nn.Module:
     """Return an untrained ViT; the same seed gives every variant the same weights in its linear layers.
 
     Every BatchNorm is a fresh one as torch makes it (weight 1, bias 0, eps 1e-5), where `normswap.swap_norms`
@@ -115,11 +60,11 @@ def build(variant: str, depth: int, seed: int) -> nn.Module:
     """
     torch.manual_seed(seed)
     if variant == "norm-free":
-        return VisionTransformer(**SHAPE, depth=depth, norm_layer=nn.Identity)
-    model = VisionTransformer(**SHAPE, depth=depth)
+        return VisionTransformer(**task.shape, depth=depth, norm_layer=nn.Identity)
+    model = VisionTransformer(**task.shape, depth=depth)
     if variant == "layernorm":
         return model
-    plan = normswap.make_plan(model, input_size=INPUT_SIZE)
+    plan = normswap.make_plan(model, input_size=task.input_size)
     model = normswap.swap_norms(model, plan, ffn_bn="none" if variant == "batchnorm" else variant)  # type: ignore
     for norm in batch_norms(model).values():
         norm.reset_parameters()
@@ -127,19 +72,22 @@ def build(variant: str, depth: int, seed: int) -> nn.Module:
     return model
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, task: Task = FASHION) -> nn.Module:
     """Return the model, in eval mode, with every BatchNorm folded away."""
-    return normswap.fold_norms(model.eval(), input_size=INPUT_SIZE)
+    return normswap.fold_norms(model.eval(), input_size=task.input_size)
 
 
-def train(variant: str, lr: float, depth: int, seed: int, data: Data, recipe: Recipe) -> dict[str, Any]:
+def train(
+    variant: str, lr: float, depth: int, seed: int, data: Data, recipe: Recipe, task: Task = FASHION
+) -> dict[str, Any]:
     """Return one row of the results: train, with BatchNorm on the batch's statistics, then test on running ones.
 
     AdamW without decay of norms and biases, cosine schedule to 0, no gradient clipping (it would hide what is looked
-    for), no augmentation, no dropout, float32.
+    for), no dropout, float32. On the device where the data is.
     """
     start = time.perf_counter()
-    model = build(variant, depth, seed).train()
+    device = data.images.device
+    model = build(variant, depth, seed, task).to(device).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=recipe.weight_decay)
     per_epoch = len(data.images) // recipe.batch
     updates = recipe.epochs * per_epoch
@@ -155,10 +103,11 @@ def train(variant: str, lr: float, depth: int, seed: int, data: Data, recipe: Re
     largest, crashed_at = 0.0, None
     for update in range(updates):
         if update % per_epoch == 0:
-            batches = torch.randperm(len(data.images), generator=order).split(recipe.batch)
+            batches = torch.randperm(len(data.images), generator=order).to(device).split(recipe.batch)
         batch = batches[update % per_epoch]
         schedule.step_update(update)
-        loss = F.cross_entropy(model(data.images[batch]), data.labels[batch])
+        images = views(data.images[batch], recipe.hflip, recipe.scale, seed * updates + update)
+        loss = F.cross_entropy(model(images), data.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
@@ -177,7 +126,7 @@ def train(variant: str, lr: float, depth: int, seed: int, data: Data, recipe: Re
         "final_loss": final_loss,
         "crashed": crashed,
         "crashed_at": crashed_at,
-        "diverged": not crashed and (final_loss > math.log(SHAPE["num_classes"]) or top1 < recipe.min_top1),  # type: ignore
+        "diverged": not crashed and (final_loss > math.log(task.shape["num_classes"]) or top1 < recipe.min_top1),  # type: ignore
         "max_grad_norm": largest,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -198,7 +147,7 @@ def time_inference(depth: int, batch: int, rounds: int = 60, passes: int = 10) -
     Each round times the three one after another, so that whatever else runs on the machine meets all of them; the
     speed-ups are ratios within a round.
     """
-    images = torch.randn(batch, *INPUT_SIZE, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch, *FASHION.input_size, generator=torch.Generator().manual_seed(0))
     models = {
         "layernorm": build("layernorm", depth, 0).eval(),
         "fused": fuse(build("pre-act", depth, 0)),
@@ -220,13 +169,14 @@ def time_inference(depth: int, batch: int, rounds: int = 60, passes: int = 10) -
     return row
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Return what the numbers depend on besides the recipe."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         processor = named[0].partition(":")[2].strip() if named else processor
-    return {
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
+    return gpu | {
         "machine": f"{platform.machine()} ({processor}), {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -242,18 +192,19 @@ class Results:
         ClickException: the file is of another recipe, model or environment; their rows would share a table.
     """
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
+    def __init__(self, path: Path, recipe: Recipe, task: Task = FASHION, device: str = "cpu") -> None:
         self.path = path
         self.content: dict[str, Any] = {
-            "recipe": asdict(recipe) | {"mean": MEAN, "std": STD},
-            "model": SHAPE,
-            "environment": environment(),
+            "task": task.name,
+            "recipe": asdict(recipe),
+            "model": task.shape,
+            "environment": environment(device),
             "runs": [],
             "inference": [],
         }
         if path.exists():
             found = json.loads(path.read_text())
-            for part in ("recipe", "model", "environment"):
+            for part in ("task", "recipe", "model", "environment"):
                 if found[part] != self.content[part]:
                     raise click.ClickException(f"{path}: has another {part}; choose another --results")
             self.content = found
@@ -274,20 +225,52 @@ class Results:
         return any(all(row[name] == value for name, value in key.items()) for row in self.content[part])
 
 
+Setting = tuple[str, float, int, int]  # variant, learning rate, depth, seed
+_shared: dict[str, Any] = {}  # of a process of the pool: what all its runs have in common
+
+
+def _enter(task: str, folder: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    found = TASKS[task]
+    _shared.update(task=found, data=found.load(folder, found.recipe).to(device))
+
+
+def _train(setting: Setting) -> dict[str, Any]:
+    return train(*setting, data=_shared["data"], recipe=_shared["task"].recipe, task=_shared["task"])
+
+
+def rows(settings: Sequence[Setting], task: Task, folder: Path, device: str, jobs: int) -> Iterator[dict[str, Any]]:
+    """Yield a row for every setting, as soon as it is known; several at a time if there are several jobs."""
+    arguments = (task.name, folder, device)
+    if jobs == 1:
+        _enter(*arguments)
+        yield from map(_train, settings)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, arguments) as pool:
+        for done in as_completed([pool.submit(_train, setting) for setting in settings]):
+            yield done.result()
+
+
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--data-dir", type=click.Path(path_type=Path), default="/usr/share/datasets/fashion-mnist")
-@click.option("--results", "path", type=click.Path(path_type=Path), default=HERE / "results.json", help="JSON of rows.")
-@click.option("--lr", "rates", type=float, multiple=True, default=(3e-3, 3e-2, 1.0), help="Learning rates.")
+@click.option("--task", "name", type=click.Choice(list(TASKS)), default=FASHION.name, show_default=True)
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the images.  [the task's own]")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda")
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Runs at the same time.")
+@click.option("--results", "path", type=click.Path(path_type=Path), help="JSON of rows.  [beside this file]")
+@click.option("--lr", "rates", type=float, multiple=True, help="Learning rates.  [the task's own]")
 @click.option("--depth", "depths", type=int, multiple=True, default=(4, 8), help="Numbers of blocks.")
 @click.option("--seeds", type=int, default=3, help="Seeds 0, 1, ... of each setting.")
 @click.option("--inference", is_flag=True, help="Time inference instead of training.")
-@click.option("--report", is_flag=True, help="Write paper.md and paper.png from the results instead of training.")
+@click.option("--report", is_flag=True, help="Write paper.md and its plots from the results instead of training.")
 @click.option(
     "--docs", type=click.Path(path_type=Path), default=HERE.parents[1] / "docs", help="Where --report writes."
 )
 def main(
-    data_dir: Path,
-    path: Path,
+    name: str,
+    data_dir: Path | None,
+    device: str,
+    jobs: int,
+    path: Path | None,
     rates: Sequence[float],
     depths: Sequence[int],
     seeds: int,
@@ -295,27 +278,35 @@ def main(
     report: bool,
     docs: Path,
 ) -> None:
+    task = TASKS[name]
     if report:
-        if not path.exists():
-            raise click.ClickException(f"{path}: not there yet; run without --report first")
+        there = [p for p in ([path] if path else map(results_of, TASKS.values())) if p.exists()]
+        if not there:
+            raise click.ClickException(f"{path or results_of(task)}: not there yet; run without --report first")
         from report import write_report  # beside this file
 
-        return write_report(json.loads(path.read_text()), docs)
+        return write_report([json.loads(p.read_text()) for p in there], docs)
     torch.set_num_threads(1)
-    recipe = Recipe()
-    results = Results(path, recipe)
+    results = Results(path or results_of(task), task.recipe, task, device)
     if inference:
         for depth, batch in product(depths, (1, 128)):
             if not results.has("inference", depth=depth, batch=batch):
                 results.add("inference", time_inference(depth, batch))
-        return
-    data = load_data(data_dir, recipe)
+        return None
     # Seeds outermost: whenever it is stopped, every setting has been seen about equally often.
-    for seed, lr, depth, variant in product(range(seeds), rates, depths, VARIANTS):
-        key = {"variant": variant, "lr": lr, "depth": depth, "seed": seed}
-        if not results.has("runs", **key):
-            results.add("runs", row := train(**key, data=data, recipe=recipe))
-            click.echo(json.dumps(row))
+    grid = [(v, lr, d, seed) for seed, lr, d, v in product(range(seeds), rates or task.rates, depths, VARIANTS)]
+    missing = [
+        s for s in grid if not results.has("runs", **dict(zip(("variant", "lr", "depth", "seed"), s, strict=True)))
+    ]
+    for row in rows(missing, task, data_dir or task.folder, device, jobs):
+        results.add("runs", row)
+        click.echo(json.dumps(row))
+    return None
+
+
+def results_of(task: Task) -> Path:
+    """Return where the results of a task are kept."""
+    return HERE / ("results.json" if task is FASHION else f"results-{task.name}.json")
 
 
 if __name__ == "__main__":
