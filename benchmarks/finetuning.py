@@ -28,6 +28,7 @@ from normswap.report import StageMetrics
 from normswap.training import held_out_of
 
 SAY_EVERY = 20  # seconds
+RESULTS = {"top1": ".2f", "agreement": ".2f", "kl": ".3f"}
 
 
 @dataclass(frozen=True)
@@ -118,30 +119,55 @@ def machine_of(device: str, threads: int) -> str:
     return f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
 
 
-def table(rows: list[dict]) -> str:
-    """Return the rows as Markdown."""
-    lines = [
-        "| start | FFN BN | BN mode | lr | images | epochs | steps | batch | views | seed | original % "
-        "| top-1 % before, after | "
-        "same answer % before, after | KL before, after | KL held out before, after | taken |",
-        "|" + "---|" * 16,
+def settings_of(row: dict) -> dict[str, str]:
+    """Return what was set, as the columns of a table."""
+    return {
+        "start": row["start"],
+        "FFN BN": row["ffn_bn"],
+        "BN mode": row["bn_mode"],
+        "lr": f"{row['lr']:g}",
+        "batch": str(row["batch_size"]),
+        "images": str(row["samples"]),
+        "epochs": str(row["epochs"]),
+        "views": "yes" if row["hflip"] or row["scale"] < 1 else "no",
+        "seed": str(row["seed"]),
+        "on": "GPU" if row["machine"].startswith("NVIDIA") else "CPU",
+    }
+
+
+def results_of(row: dict) -> dict[str, str]:
+    """Return what came out, as the columns of a table."""
+    names = ("original %", "top-1 % before, after", "same answer % before, after", "KL before, after")
+    if "stopped" in row:
+        cells = ["-", f"{row['top1_before']:.2f}, -", f"{row['agreement_before']:.2f}, -", "-"]
+        return {"steps": "-", **dict(zip(names, cells, strict=True)), "KL held out before, after": "-", "taken": "NaN"}
+    before, after, *error = row["held_out_kl"]
+    cells = [
+        f"{row['original']:.2f}",
+        *(f"{row[f'{name}_before']:{form}}, {row[name]:{form}}" for name, form in RESULTS.items()),
     ]
+    held_out = f"{before:.3f}, {after:.3f}" + "".join(f" +-{value:.3f}" for value in error)
+    found = {"KL held out before, after": held_out, "taken": "yes" if row["taken"] else "no"}
+    return {"steps": str(row["steps"]), **dict(zip(names, cells, strict=True)), **found}
+
+
+def tables(rows: list[dict]) -> str:
+    """Return the rows as Markdown, a table for each model and BN mode; what all of its rows share stands above it."""
+    groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        setting = f"| {row['start']} | {row['ffn_bn']} | {row['bn_mode']} | {row['lr']:g} | {row['samples']} "
-        setting += f"| {row['epochs']} "
-        batch, views = row["batch_size"], "yes" if row["hflip"] or row["scale"] < 1 else "no"
-        if "stopped" in row:
-            start = f"{row['top1_before']:.2f}, -"
-            lines.append(f"{setting}| - | {batch} | {views} | {row['seed']} | - | {start} | - | - | - | stopped |")
-            continue
-        before, after, *error = row["held_out_kl"]
-        held_out = f"{before:.3f}, {after:.3f}" + "".join(f" +-{value:.3f}" for value in error)
-        lines.append(
-            f"{setting}| {row['steps']} | {batch} | {views} | {row['seed']} | {row['original']:.2f} | "
-            f"{row['top1_before']:.2f}, {row['top1']:.2f} | {row['agreement_before']:.2f}, {row['agreement']:.2f} | "
-            f"{row['kl_before']:.3f}, {row['kl']:.3f} | {held_out} | {'yes' if row['taken'] else 'no'} |"
-        )
-    return "\n".join(lines)
+        groups.setdefault((row["model"], row["bn_mode"]), []).append(row)
+    parts = []
+    for group in groups.values():
+        settings = [settings_of(row) for row in group]
+        shared = {name for name in settings[0] if len({s[name] for s in settings}) == 1}
+        told = ", ".join(f"{name} {settings[0][name]}" for name in settings[0] if name in shared)
+        lines = [
+            {name: cell for name, cell in {**s, **results_of(row)}.items() if name not in shared}
+            for s, row in zip(settings, group, strict=True)
+        ]
+        head = [list(lines[0]), ["---"] * len(lines[0])]
+        parts += [f"All of: {told}.", "", *(f"| {' | '.join(c)} |" for c in [*head, *(x.values() for x in lines)]), ""]
+    return "\n".join(parts)
 
 
 @click.command()
@@ -187,7 +213,7 @@ def main(
     threads: int,
     out: Path,
 ) -> None:
-    """Measure what is missing in the output file and print the table."""
+    """Measure what is missing in the output file and print the tables."""
     torch.set_num_threads(threads)
     original = normswap.load_model(model).to(device).eval()
     images, validation = load_splits(original, data_dir, "train", "validation", workers=workers)
@@ -215,7 +241,7 @@ def main(
         record["rows"].append(found | {"machine": machine, "date": str(date.today()), "versions": versions()})
         out.write_text(json.dumps(record, indent=1) + "\n")
         click.echo(json.dumps(found), err=True)
-    click.echo(table(record["rows"]))
+    click.echo(tables(record["rows"]))
 
 
 if __name__ == "__main__":

@@ -20,18 +20,19 @@ def bars(calibration: dict, finetuning: dict) -> list[tuple[str, float, float]]:
     """Return label, top-1 and agreement in percent of each way, worst first."""
     found = []
     labels = {
-        "moments": "mean and variance\n(moments)",
-        "channel": "affine by least squares\n(channel)",
-        "reconstruct": "layers solved again\n(reconstruct)",
+        "moments": "mean and\nvariance\n(moments)",
+        "channel": "affine by\nleast squares\n(channel)",
+        "reconstruct": "layers\nsolved again\n(reconstruct)",
     }
     for method, label in labels.items():
         rows = [row for row in calibration["rows"] if row["method"] == method and row["images"] == 1500]
         if rows:
             found.append((label, mean(r["top1"] for r in rows), mean(r["agreement"] for r in rows)))
     tuned = [r for r in finetuning["rows"] if r["start"] == "reconstruct" and r["samples"] == 6000 and "top1" in r]
-    if tuned:
-        best = max(tuned, key=lambda row: row["agreement"])
-        found.append(("and fine-tuned\n(6,000 images)", best["top1"], best["agreement"]))
+    for epochs in sorted({row["epochs"] for row in tuned}):
+        rows = [row for row in tuned if row["epochs"] == epochs]
+        label = f"and\nfine-tuned\n({epochs} epochs)"
+        found.append((label, mean(r["top1"] for r in rows), mean(r["agreement"] for r in rows)))
     return found
 
 

@@ -16,8 +16,6 @@ from .errors import ArgumentError, BenchmarkError, MissingExtraError
 from .graph import resolve_input_size
 from .throughput import VARIANTS, Benchmark, Timing
 from .timing import (
-    GPU_TURN_SECONDS,
-    TURN_SECONDS,
     Clock,
     cpu_clock,
     cuda_clock,
@@ -223,7 +221,7 @@ def _timed(
     for variant, run in runs.items():
         shown(f"{variant}, warming up", 0)
         seconds.append(warm_up(run.step, clock))
-    steps = steps_per_turn(seconds[0], GPU_TURN_SECONDS if device.type == "cuda" else TURN_SECONDS)
+    steps = steps_per_turn(seconds[0], gpu=device.type == "cuda")
     return _rounds(runs, clock, rounds, steps, shown), steps
 
 

@@ -111,9 +111,10 @@ def warm_up(step: Step, clock: Clock) -> float:
     return statistics.median(seconds)
 
 
-def steps_per_turn(seconds: float, turn_seconds: float = TURN_SECONDS) -> int:
+def steps_per_turn(seconds: float, gpu: bool = False) -> int:
     """Return how many steps of this length make a turn, at least one."""
-    return min(MOST_STEPS, max(1, round(turn_seconds / max(seconds, 1e-9))))
+    turn = GPU_TURN_SECONDS if gpu else TURN_SECONDS
+    return min(MOST_STEPS, max(1, round(turn / max(seconds, 1e-9))))
 
 
 def take_turns(

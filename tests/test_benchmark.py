@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from contextlib import contextmanager
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import normswap
-from normswap import timing
+from normswap import benchmark, timing
 from normswap.benchmark import ENGINES, _rounds, benchmark_models
 from normswap.demo import FOLDER, MODEL
 from normswap.engines import Runnable, _activations, prepare
@@ -200,6 +201,23 @@ def test_precision_and_layout_are_those_asked_for():
     assert set(seen) == {(torch.bfloat16, torch.bfloat16, True)}
     assert result.rows()[0]["precision"] == "bfloat16"
     assert model.head.weight.dtype == torch.float32
+
+
+def test_a_case_is_timed_alone_and_prepared_before(monkeypatch):
+    said: list[str] = []
+
+    @contextmanager
+    def alone():
+        said.append("in")
+        yield
+        said.append("out")
+
+    prepare, turns = benchmark.prepare, benchmark.take_turns
+    monkeypatch.setattr(benchmark, "prepare", lambda *a: said.append("prepare") or prepare(*a))
+    monkeypatch.setattr(benchmark, "take_turns", lambda *a: said.append("turns") or turns(*a))
+    benchmark_models(family("vit"), batch_sizes=[1, 2], rounds=3, alone=alone)
+    case = ["prepare"] * len(VARIANTS) + ["in"] + ["turns"] * len(VARIANTS) + ["out"]
+    assert said == 2 * case
 
 
 @pytest.mark.slow
