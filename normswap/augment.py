@@ -49,11 +49,12 @@ def cropped(x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         x: the images.
         boxes: top, left, height and width of each crop as shares of the image `[B, 4]`.
     """
-    boxes = boxes.to(x)
+    wide = x if x.dtype == torch.float64 else x.float()  # in half precision places are off by a pixel
+    boxes = boxes.to(wide)
     corner, size = boxes[:, :2], boxes[:, 2:]  # [B, 2]: y, x
-    theta = x.new_zeros(len(x), 2, 3)
+    theta = wide.new_zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = size[:, 1], size[:, 0]
     theta[:, :, 2] = (2 * corner + size - 1).flip(1)  # the centre, from -1 to 1 over the image, x before y
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, 2, 3] -> [B, H, W, 2]
     # Beyond the crop lies the rest of the image, and beyond the image its border: no resize looks further either.
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=False).to(x.dtype)

@@ -81,7 +81,7 @@ def benchmark_models(
         input_size: (channels, height, width); default: the original's own.
         name: what to call the model.
         alone: gives what is entered while a case is timed, as a lock, so that processes which prepare side by side do
-            not time at once.
+            not time at once. What others do to get ready, compiling and a first step, they still feel.
         progress: called with ("benchmark: what", turns done, turns in all).
 
     Raises:
@@ -195,15 +195,9 @@ def _prepared(
     shapes = {}
     for variant, model in models.items():
         shown(f"{variant}, getting ready", 0)
-        try:
+        with _told(f"{variant}, {engine}, batch {len(images)}"):
             runs[variant] = prepare(engine, model, images, folder, *settings)
             output = torch.as_tensor(runs[variant].step())  # compiles, builds, allocates
-        except (BenchmarkError, MissingExtraError):
-            raise
-        except Exception as error:  # out of memory, no compiler: whatever the engine runs into
-            text = " ".join(str(error).split())[:200]
-            where = f"{variant}, {engine}, batch {len(images)}"
-            raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
         shapes[variant] = tuple(output.shape)
         if not torch.isfinite(output).all():
             notes.append(f"{variant}: its answers are not finite; it is timed all the same")
@@ -213,6 +207,18 @@ def _prepared(
     return runs
 
 
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Make one kind of error of whatever an engine runs into: out of memory, no compiler."""
+    try:
+        yield
+    except (BenchmarkError, MissingExtraError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
+
+
 def _timed(
     runs: dict[str, Runnable], clock: Clock, rounds: int, device: torch.device, shown: Callable[[str, int], None]
 ) -> tuple[dict[str, list[float]], int]:
@@ -220,7 +226,8 @@ def _timed(
     seconds = []
     for variant, run in runs.items():
         shown(f"{variant}, warming up", 0)
-        seconds.append(warm_up(run.step, clock))
+        with _told(f"{variant}, warming up"):
+            seconds.append(warm_up(run.step, clock))
     steps = steps_per_turn(seconds[0], gpu=device.type == "cuda")
     return _rounds(runs, clock, rounds, steps, shown), steps
 

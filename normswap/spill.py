@@ -50,7 +50,6 @@ class Store:
 
     Attributes:
         peak: most bytes that were in memory.
-        gpu_peak: most bytes that were on the GPU.
     """
 
     def __init__(self, budget: int) -> None:
@@ -61,7 +60,7 @@ class Store:
         self.on_disk: set[int] = set()
         self.device = torch.device("cpu")
         self.folder: Path | None = None
-        self.peak = self.gpu_peak = 0
+        self.peak = 0
 
     def put(self, index: int, values: dict[str, Any]) -> None:
         """Keep the values of one batch until they are taken.
@@ -73,7 +72,6 @@ class Store:
         size = _bytes(values)
         if self._fits_on_gpu(size, values):
             self.on_gpu[index] = (size, values)
-            self.gpu_peak = max(self.gpu_peak, sum(size for size, _ in self.on_gpu.values()))
             return
         if size > self.budget:
             raise ArgumentError(
@@ -104,12 +102,11 @@ class Store:
         return moved(self.resident.pop(index, (0, {}))[1], self.device)
 
     def _fits_on_gpu(self, size: int, values: dict[str, Any]) -> bool:
-        device = next((tensor.device for tensor in _tensors(values)), self.device)
-        if device.type != "cuda":
+        self.device = next((tensor.device for tensor in _tensors(values)), self.device)
+        if self.device.type == "cpu":
             return False
         if self.gpu_budget is None:
-            self.device = device
-            self.gpu_budget = min(self.budget, torch.cuda.mem_get_info(device)[0] // 2)
+            self.gpu_budget = min(self.budget, _free_on(self.device) // 2)
         return sum(size for size, _ in self.on_gpu.values()) + size <= self.gpu_budget
 
     def close(self) -> None:
@@ -126,13 +123,21 @@ class Store:
         return self.folder / f"{index}.pt"
 
 
+def _free_on(device: torch.device) -> int:
+    """Return how many bytes are free on an accelerator; none where it does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def moved(values: Any, device: torch.device) -> Any:
     """Return the same with every tensor on a device."""
     if isinstance(values, torch.Tensor):
         return values.to(device)
     if isinstance(values, dict):
         return {key: moved(value, device) for key, value in values.items()}
-    return type(values)(moved(value, device) for value in values) if isinstance(values, list | tuple) else values
+    if isinstance(values, list | tuple):
+        items = [moved(value, device) for value in values]
+        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)  # a namedtuple is called so
+    return values
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -23,7 +23,7 @@ Step = Callable[[], Any]
 Clock = Callable[[Step, int], list[float]]
 
 # A turn lasts about as long, so that a switch between programs (some milliseconds) hits few of its steps. On a GPU
-# events time the steps, and no switch comes between.
+# events time the steps, and a turn may be short.
 TURN_SECONDS, GPU_TURN_SECONDS = 0.2, 0.05
 MOST_STEPS = 200
 # As timm's benchmark.py; long steps are warm sooner.

@@ -220,6 +220,17 @@ def test_a_case_is_timed_alone_and_prepared_before(monkeypatch):
     assert said == 2 * case
 
 
+def test_memory_that_runs_out_while_warming_up_is_one_line(monkeypatch):
+    def out_of_memory(step, clock):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(benchmark, "warm_up", out_of_memory)
+    with pytest.raises(
+        normswap.BenchmarkError, match=r"^original, warming up: cannot be run: OutOfMemoryError: CUDA out"
+    ):
+        benchmark_models(family("vit"), rounds=3)
+
+
 @pytest.mark.slow
 def test_compiled_models_are_timed():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2).eval()

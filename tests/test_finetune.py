@@ -115,6 +115,15 @@ def test_crops_are_what_a_resize_makes_of_them():
     assert torch.allclose(got[0], x[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_crops_of_half_precision_are_those_of_full(dtype):
+    x = torch.rand(4, 3, 224, 224).to(dtype)
+    for seed in range(5):
+        got = views(x, 0.5, 0.5, seed)
+        assert got.dtype == dtype
+        assert torch.equal(got, views(x.float(), 0.5, 0.5, seed).to(dtype))
+
+
 def test_crops_lie_in_the_image_and_cover_what_they_may():
     boxes = _boxes(2000, 0.5, torch.Generator().manual_seed(0))
     top, left, height, width = boxes.T

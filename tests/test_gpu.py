@@ -22,10 +22,6 @@ IMAGES = ("--data-dir", FOLDER, "-j", 0, "--device", DEVICE)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def on_cpu(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu()
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu") / "out"

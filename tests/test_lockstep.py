@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from normswap import ArgumentError, CalibrationError, calibrate, swap_norms
+from normswap import ArgumentError, CalibrationError, calibrate, spill, swap_norms
 from normswap.calibrate import BATCH_SIZE, METHODS, rebatched
 from normswap.errors import OutputError
 from normswap.norm import TokenBatchNorm
@@ -233,6 +233,37 @@ def test_the_first_batches_stay_in_memory(temporary):
         assert torch.equal(store.take(i)["x"], torch.full((100,), float(i)))
     store.close()
     assert not list(temporary.iterdir())
+
+
+def test_what_an_accelerator_has_no_room_for_goes_to_memory_and_comes_back(temporary, monkeypatch):
+    went: list[str] = []
+
+    def move(values, device):
+        went.append(device.type)
+        return values
+
+    monkeypatch.setattr(spill, "moved", move)
+    monkeypatch.setattr(spill, "_free_on", lambda device: 2 * 2 * 400)
+    store = Store(3 * 400)
+    for i in range(6):
+        store.put(i, {"x": torch.empty(100, device="meta")})  # 400 bytes
+    assert (sorted(store.on_gpu), sorted(store.resident), sorted(store.on_disk)) == ([0, 1], [2, 3, 4], [5])
+    assert went == ["cpu"] * 4
+    for i in range(6):
+        assert store.take(i)["x"].device.type == "meta"
+    assert went == ["cpu"] * 4 + ["meta"] * 4
+    assert not store.on_gpu
+    assert not store.resident
+    store.close()
+
+
+def test_moved_keeps_what_holds_the_tensors():
+    pair = namedtuple("pair", "a b")
+    values = {"x": (torch.ones(1), [torch.ones(2)]), "y": pair(torch.ones(3), 4)}
+    found = spill.moved(values, torch.device("meta"))
+    assert found["x"][0].device.type == found["x"][1][0].device.type == found["y"].a.device.type == "meta"
+    assert isinstance(found["y"], pair)
+    assert found["y"].b == 4
 
 
 @pytest.mark.parametrize("where", ["image", "weight", "infinite image"])
