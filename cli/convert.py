@@ -39,6 +39,13 @@ _POSITIONS = ("pre-act", "post-act", "none")
     help="re-solve what reads a norm, or also what writes to the residual stream",
 )
 @click.option(
+    "--refine-steps",
+    type=click.IntRange(0),
+    default=28,
+    show_default=True,
+    help="gradient steps for each attention; 300 bring the answers nearer and take several times as long",
+)
+@click.option(
     "--memory-budget",
     type=o.Size(),
     help="memory for calibration's activations, as 512M or 8G, and as much of a GPU's; the rest goes to disk  "
@@ -163,6 +170,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 plan=plan,
                 reconstruct=options["reconstruct"],
                 memory_budget=options["memory_budget"],
+                refine_steps=options["refine_steps"],
                 atol=options["atol"],
                 **budget,
                 amp_dtype=o.amp_dtype(options),

@@ -18,6 +18,7 @@ from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
 from .reconstruct import HELD_OUT, ROWS_KEPT, Reconstruction, drawn
+from .refine import STEPS
 from .report import Calibration
 from .route import Readers, Writer, find_readers, find_writers
 from .spill import default_budget
@@ -71,6 +72,7 @@ def calibrate(
     method: str = "reconstruct",
     reconstruct: str = "all",
     memory_budget: int | None = None,
+    refine_steps: int = STEPS,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Set every BatchNorm of ``swapped``, in place, and with "reconstruct" the linear layers around them too.
@@ -88,13 +90,16 @@ def calibrate(
             "readers" the first only. Other methods do not look at it.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free. On a GPU as many may stay there, up to half of what is free there.
+        refine_steps: gradient steps, of 32 images each, for what every attention reads, with "reconstruct"; 0 for none.
+            More of them bring the answers nearer to the original's and cost time, see docs/calibration.md.
         progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:
-        ArgumentError: unknown method, no BatchNorm to set, no images, or a memory budget below one batch.
+        ArgumentError: unknown method, negative steps, no BatchNorm to set, no images, or a memory budget below one
+            batch.
         CalibrationError: statistics of a site are not finite.
     """
-    check_method(method, reconstruct)
+    check_method(method, reconstruct, refine_steps)
     norms = batch_norms(swapped)
     sites = [path for path in norms if isinstance(find_module(original, path), nn.LayerNorm)]
     if not sites:
@@ -113,7 +118,7 @@ def calibrate(
         batches_seen = lockstep.count if method == "reconstruct" else None
         for observer in observers.values():
             observer.batches = batches_seen
-        work = Reconstruction(lockstep, method, original, norms)
+        work = Reconstruction(lockstep, method, original, norms, refine_steps)
         readers = find_readers(lane, sites) if method == "reconstruct" else []
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
@@ -136,12 +141,14 @@ def calibrate(
     return work.result
 
 
-def check_method(method: str, reconstruct: str) -> None:
-    """Refuse names that are none.
+def check_method(method: str, reconstruct: str, refine_steps: int) -> None:
+    """Refuse what cannot be meant.
 
     Raises:
-        ArgumentError: unknown method or choice of layers.
+        ArgumentError: unknown method or choice of layers, or a negative number of steps.
     """
+    if refine_steps < 0:
+        raise ArgumentError(f"refine_steps must not be negative, not {refine_steps}")
     if method not in METHODS:
         raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     if reconstruct not in RECONSTRUCT:

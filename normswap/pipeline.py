@@ -23,6 +23,7 @@ from .fold import created_biases, fold_norms, max_difference
 from .graph import eval_mode, has_classes, meta_copy, pretrained_cfg
 from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
+from .refine import STEPS
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swapped import is_swapped, save_swapped
@@ -101,6 +102,7 @@ def convert(
     plan: Plan | None = None,
     reconstruct: str = "all",
     memory_budget: int | None = None,
+    refine_steps: int = STEPS,
     atol: float = DEFAULT_ATOL,
     max_drop: float | None = None,
     min_agreement: float | None = None,
@@ -130,6 +132,7 @@ def convert(
         plan: from `make_plan`, if you have one.
         reconstruct: which layers "reconstruct" re-solves, "all" or "readers".
         memory_budget: bytes that calibration's activations may take in memory; the rest goes to disk.
+        refine_steps: gradient steps of "reconstruct" for what attention reads, see `normswap.calibrate`.
         atol: largest absolute difference of an output that the fold may cause.
         max_drop: largest tolerated loss of top-1, in points. If the conversion loses more, the LayerNorms that cost
             most stay, as few as are found to do, see `normswap.budget`. Fine-tuning comes after that.
@@ -155,7 +158,7 @@ def convert(
         CheckFailedError: fused and unfused differ by more than ``atol``, or the accuracy budget is not met; its
             ``report`` holds what was measured, and its ``conversion`` what misses nothing but the budget.
     """
-    check_method(method, reconstruct)
+    check_method(method, reconstruct, refine_steps)
     budget = Budget(max_drop, min_agreement, max_keep, max_evaluations)
     budget.check()
     if control and (finetune_options is None or finetune_options.labels == 0):
@@ -196,7 +199,7 @@ def convert(
     source = items if eval_images is None else eval_images
     total = len(eval_images) if isinstance(eval_images, ImageSet) else count
 
-    choices = (method, ffn_bn, reconstruct, memory_budget)
+    choices = (method, ffn_bn, reconstruct, memory_budget, refine_steps)
     trade, answers = None, dict[int, torch.Tensor]()
     if budget.limit(len(plan.swapped_sites)):
         if isinstance(source, Iterator):  # it is gone through more than once
@@ -246,6 +249,7 @@ def convert(
         layers=fitted.layers,
         stream=fitted.stream,
         reconstruct=reconstruct if method == "reconstruct" else None,
+        refine_steps=refine_steps if method == "reconstruct" else None,
         finetuning=finetuning,
         budget=trade,
         fold_max_abs_err=difference,

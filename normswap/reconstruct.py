@@ -19,7 +19,7 @@ from .gram import Gram, Solution, solve
 from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
-from .refine import Branch, Problem
+from .refine import STEPS, Branch, Problem
 from .report import Calibration, LayerFit, StreamError
 from .route import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
 
@@ -43,9 +43,18 @@ class Reconstruction:
         method: name of the estimator for the norms.
         original: the model with LayerNorm.
         norms: every BatchNorm of the converted model, by path.
+        refine_steps: gradient steps for the layers that attention reads.
     """
 
-    def __init__(self, lockstep: Lockstep, method: str, original: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        method: str,
+        original: nn.Module,
+        norms: dict[str, TokenBatchNorm],
+        refine_steps: int = STEPS,
+    ) -> None:
+        self.refine_steps = refine_steps
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
         self.penalties: dict[torch.Size, float] = {}
         self.batches = lockstep.count
@@ -89,7 +98,7 @@ class Reconstruction:
             if members:
                 self._set(grams[key].reduce(), [layer for _, layer in members], [s.path for s, _ in members], key)
         branch_end = self._branch_end(readers, writers)
-        if branch_end is not None and all(isinstance(layer, nn.Linear) for layer in layers):
+        if branch_end is not None and self.refine_steps and all(isinstance(layer, nn.Linear) for layer in layers):
             gram = next(iter(grams.values()))
             if gram.enough(layers[0].weight[0].numel()):
                 self._refine(readers, branch_end, gram.total())
@@ -210,7 +219,7 @@ class Reconstruction:
 
         layers: list[Any] = [layer_at(self._lane, stop) for stop in readers.stops]
         problem = Problem(layers, gram, load, len(self.lockstep.batches), _held_out)
-        left = problem.refine()
+        left = problem.refine(self.refine_steps)
         for batch in self.lockstep.visit():
             batch.pinned.clear()
         paths = {stop.path for stop in readers.stops}

@@ -20,7 +20,7 @@ from .graph import operation
 from .lockstep import Lane, Stop, Values
 from .route import descendants, image_dependent
 
-STEPS = 28  # at most; each on one batch
+STEPS = 28  # if nothing else is said; each on one batch
 LEARNING_RATE = 0.02  # of Adam, times the root mean square of the whitened weights
 TESTED_ON = 3  # batches at most, before and after
 DAMPING = 0.01  # of the whitening, relative to the mean variance

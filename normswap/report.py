@@ -194,6 +194,7 @@ class ConversionReport:
     calibration_data: str
     evaluation_data: str
     reconstruct: str | None = None
+    refine_steps: int | None = None
     out: str | None = None
     fits: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)

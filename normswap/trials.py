@@ -22,7 +22,7 @@ from .swap import swap_norms
 from .trade import SiteCost, Trade, Trial
 from .verdict import KEEP
 
-Choices = tuple[str, FfnBn, str, int | None]
+Choices = tuple[str, FfnBn, str, int | None, int]
 
 
 @dataclass
@@ -53,13 +53,14 @@ class Attempt:
         ffn_bn: FfnBn,
         reconstruct: str,
         memory_budget: int | None,
+        refine_steps: int,
         progress: Progress,
     ) -> "Attempt":
         """Swap and calibrate; see `normswap.convert` for the arguments and `normswap.calibrate` for the errors."""
         swapped = swap_norms(original, plan, ffn_bn)
         calibrated = copy.deepcopy(swapped)
         start = time.perf_counter()
-        fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, progress)
+        fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, refine_steps, progress)
         return cls(plan, swapped, calibrated, fitted, round(time.perf_counter() - start, 3))
 
 
@@ -72,7 +73,7 @@ class Trials:
         original: in eval mode.
         plan: of the first trial, which keeps nothing for the budget.
         batches: calibration images `[B, C, H, W]`.
-        choices: method, ffn_bn, reconstruct and memory budget of every trial.
+        choices: method, ffn_bn, reconstruct, memory budget and refining steps of every trial.
         images: what the trials are measured on; gone through once for each.
         amp_dtype: autocast to it in the evaluation.
         answers: the original's, see `evaluate_models`.

@@ -1,5 +1,6 @@
 """The command line from end to end: help, plan, conversion, comparison, what goes to stdout and to stderr."""
 
+import inspect
 import json
 import os
 import re
@@ -182,6 +183,15 @@ def test_convert_numbers_are_plausible(converted):
 @pytest.mark.parametrize("step", ["plan", "calibrate", "fold", "evaluate", "forward_pass"])
 def test_convert_seconds(converted, step):
     assert one_object(converted[1])["seconds"][step] > 0
+
+
+def test_convert_takes_as_many_gradient_steps_as_calibrate(tmp_path):
+    default = {option.name: option.default for option in cli.commands["convert"].params}["refine_steps"]
+    assert default == inspect.signature(normswap.calibrate).parameters["refine_steps"].default
+    result = run("convert", *DEMO, "-o", tmp_path / "out", "--refine-steps", 0, "--json")
+    record = one_object(result)
+    assert record["refine_steps"] == 0
+    assert {layer["refined"] for layer in record["layers"]} == {1.0}
 
 
 def test_convert_files(converted):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from normswap import calibrate, convert, make_plan, swap_norms
+from normswap import ArgumentError, calibrate, convert, make_plan, swap_norms
 from normswap.calibrate import BATCH_SIZE
 from normswap.gram import Gram
 from normswap.refine import Problem
@@ -68,6 +68,17 @@ def test_gradient_steps_are_taken_where_they_help():
     refined = {name: min(f.refined for f in _family(name)[1].layers) for name in ("vit", "dinov2_registers")}
     assert refined["vit"] == 1
     assert refined["dinov2_registers"] < 0.9
+
+
+def test_more_gradient_steps_leave_less_and_none_are_none():
+    model = _original("dinov2_registers")
+    x = images(model, COUNT)
+    left = {
+        steps: min(fit.refined for fit in _calibrated(model, x, refine_steps=steps)[1].layers) for steps in (0, 5, 60)
+    }
+    assert left[60] < left[5] < left[0] == 1
+    with pytest.raises(ArgumentError, match="refine_steps must not be negative, not -1"):
+        calibrate(swap_norms(model), [x], model, refine_steps=-1)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3", "siglip", "relpos"])
