@@ -11,8 +11,10 @@ import json
 import platform
 import time
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import click
 import torch
@@ -21,6 +23,7 @@ import normswap
 from normswap.calibrate import BATCH_SIZE
 from normswap.data import load_splits
 from normswap.provenance import versions
+from normswap.refine import STEPS
 
 
 class Recorded(torch.nn.Module):
@@ -49,7 +52,7 @@ def plain_pass(model: torch.nn.Module, images: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: torch.nn.Module, recorded: Recorded, images: torch.Tensor, evaluation: list, **options: str) -> dict:
+def measure(model: torch.nn.Module, recorded: Recorded, images: torch.Tensor, evaluation: list, **options: Any) -> dict:
     """Return one row of the table."""
     swapped = normswap.swap_norms(model)
     before = plain_pass(model, images)
@@ -78,10 +81,11 @@ def table(rows: list[dict]) -> str:
         "| method | images | seeds | top-1 % | lost points | same answer % | KL | worst KL | cost in passes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[str, int], list[dict]] = {}
+    groups: dict[tuple[str, int, int], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["images"]), []).append(row)
-    for (method, count), group in sorted(groups.items()):
+        groups.setdefault((row["method"], row["images"], row["refine_steps"]), []).append(row)
+    for (method, count, steps), group in sorted(groups.items()):
+        method += f", {steps} steps" if steps != STEPS else ""
 
         def span(key: str, digits: int, group: list[dict] = group) -> str:
             found = [row[key] for row in group]
@@ -104,6 +108,7 @@ def table(rows: list[dict]) -> str:
 @click.option("--method", "methods", multiple=True, default=("reconstruct", "readers", "channel", "moments"))
 @click.option("--images", "sizes", multiple=True, type=int, default=(128, 512, 1500, 5000))
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42, 0, 1))
+@click.option("--refine-steps", "steps", multiple=True, type=int, default=(STEPS,), show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--out", default="docs/calibration.json", show_default=True, type=click.Path(path_type=Path))
 def main(
@@ -112,6 +117,7 @@ def main(
     methods: tuple[str, ...],
     sizes: tuple[int, ...],
     seeds: tuple[int, ...],
+    steps: tuple[int, ...],
     threads: int,
     out: Path,
 ) -> None:
@@ -127,14 +133,15 @@ def main(
     for size in sizes:
         for seed in seeds:
             images = None
-            for method in methods:
-                key = {"method": method, "images": size, "seed": seed}
+            for count, method in product(steps, methods):
+                key = {"method": method, "images": size, "seed": seed, "refine_steps": count}
                 if any(key.items() <= row.items() for row in record["rows"]):
                     continue
                 if images is None:
                     images = torch.cat([batch for batch, _ in train.draw(size, seed)])
                 options = {"method": "reconstruct", "reconstruct": "readers"} if method == "readers" else {}
-                found = measure(original, recorded, images, evaluation, **(options or {"method": method}))
+                options = {**(options or {"method": method}), "refine_steps": count}
+                found = measure(original, recorded, images, evaluation, **options)
                 record["rows"].append(key | found)
                 out.write_text(json.dumps(record, indent=1) + "\n")
                 click.echo(json.dumps(key | found), err=True)

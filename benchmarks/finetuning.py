@@ -131,7 +131,7 @@ def settings_of(row: dict) -> dict[str, str]:
         "epochs": str(row["epochs"]),
         "views": "yes" if row["hflip"] or row["scale"] < 1 else "no",
         "seed": str(row["seed"]),
-        "on": "GPU" if row["machine"].startswith("NVIDIA") else "CPU",
+        "on": row["device"],
     }
 
 
@@ -230,6 +230,7 @@ def main(
             "samples": min(samples, len(images)),
             "epochs": epochs,
             "batch_size": batch_size,
+            "device": torch.device(device).type,
             "amp": amp,
         }
         if any(row.items() <= known.items() for known in record["rows"]):

@@ -28,7 +28,8 @@ def bars(calibration: dict, finetuning: dict) -> list[tuple[str, float, float]]:
         rows = [row for row in calibration["rows"] if row["method"] == method and row["images"] == 1500]
         if rows:
             found.append((label, mean(r["top1"] for r in rows), mean(r["agreement"] for r in rows)))
-    tuned = [r for r in finetuning["rows"] if r["start"] == "reconstruct" and r["samples"] == 6000 and "top1" in r]
+    wanted = {"model": calibration["model"], "start": "reconstruct", "samples": 6000}
+    tuned = [r for r in finetuning["rows"] if wanted.items() <= r.items() and "top1" in r]
     for epochs in sorted({row["epochs"] for row in tuned}):
         rows = [row for row in tuned if row["epochs"] == epochs]
         label = f"and\nfine-tuned\n({epochs} epochs)"

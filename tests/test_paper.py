@@ -8,6 +8,8 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +131,51 @@ def test_the_grid_runs_in_several_processes(tmp_path):
         assert sorted(row["variant"] for row in rows) == sorted(NORMS)
         assert not any(row["crashed"] for row in rows)
     assert done.stdout == ""
+
+
+def test_missing_data_is_one_line_for_several_processes_too(tmp_path):
+    options = ["--data-dir", str(tmp_path), "--jobs", "2", "--results", str(tmp_path / "r.json")]
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "train.py"), *options],
+        capture_output=True,
+        text=True,
+        env=ONE_THREAD,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "apt-get install dataset-fashion-mnist" in done.stderr
+
+
+def test_a_run_that_fails_takes_no_other_with_it(paper, monkeypatch):
+    script, _ = paper
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, jobs, context, enter, arguments):
+            super().__init__(jobs)
+
+    def train(setting):
+        if setting[3] == 1:
+            raise RuntimeError("no memory")
+        time.sleep(0.1)
+        return {"seed": setting[3]}
+
+    monkeypatch.setattr(script, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(script, "_train", train)
+    task = replace(script.FASHION, load=lambda folder, recipe: None)
+    rows = script.rows([("layernorm", 0.1, 4, seed) for seed in range(4)], task, Path(), "cpu", 2)
+    assert next(rows) == {"seed": 0}
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(rows)
+
+
+def test_only_one_task_is_timed(paper, tmp_path):
+    results = tmp_path / "r.json"
+    options = ["--task", "photos", "--inference", "--results", str(results)]
+    done = CliRunner().invoke(paper[0].main, options)
+    assert done.exit_code == 2
+    assert "times the model of Fashion-MNIST" in done.output
+    assert not results.exists()
 
 
 def test_photos_are_read_from_tars(paper, tmp_path):

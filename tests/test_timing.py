@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, Benchmark, Timing
 from normswap.timing import (
+    GPU_TURN_SECONDS,
     MOST_STEPS,
     TURN_SECONDS,
     cpu_clock,
@@ -144,10 +145,11 @@ def test_garbage_is_not_collected_during_turns_and_is_afterwards():
 
 @given(seconds)
 def test_a_turn_has_a_step_and_not_too_many(step):
-    count = steps_per_turn(step)
-    assert 1 <= count <= MOST_STEPS
-    if 1 < count < MOST_STEPS:
-        assert count * step == pytest.approx(TURN_SECONDS, abs=step / 2 * (1 + ROUNDING))
+    for gpu, turn in ((False, TURN_SECONDS), (True, GPU_TURN_SECONDS)):
+        count = steps_per_turn(step, gpu)
+        assert 1 <= count <= MOST_STEPS
+        if 1 < count < MOST_STEPS:
+            assert count * step == pytest.approx(turn, abs=step / 2 * (1 + ROUNDING))
 
 
 def test_warming_up_forgets_the_first_step():

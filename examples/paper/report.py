@@ -186,8 +186,7 @@ def stabilises(runs: list[Row]) -> str:
     for name in ("pre-act", "post-act"):
         rows = pick(runs, variant=name)
         parts.append(f"{name} {failures(rows)}, {more_often(failed(rows), failed(plain))} without")
-    lr = distinct(runs, "lr")[0]
-    return f"crashed + diverged: {'; '.join(parts)}. Top-1 {against(runs, 'batchnorm', ('pre-act', 'post-act'), lr)}"
+    return f"crashed + diverged: {'; '.join(parts)}. Top-1 {at_best(runs, 'batchnorm', ('pre-act', 'post-act'))}"
 
 
 def against(runs: list[Row], other: str, variants: Iterable[str], lr: float) -> str:
@@ -197,6 +196,31 @@ def against(runs: list[Row], other: str, variants: Iterable[str], lr: float) -> 
         values = differences(runs, name, other, lr=lr)
         parts.append(f"{NAMES[name]} {spread(values, '+.2f')} points, {judge(values)}")
     return f"at learning rate {lr:g} against {NAMES[other]}: {'; '.join(parts)}"
+
+
+def best_rate(runs: list[Row], depth: int, variant: str) -> float:
+    """Return the learning rate with the best mean top-1; the lowest where every run crashed."""
+
+    def top1(lr: float) -> float:
+        return statistics.fmean(known(pick(runs, depth=depth, variant=variant, lr=lr), "top1") or [0])
+
+    return max(distinct(runs, "lr"), key=top1)
+
+
+def at_best(runs: list[Row], other: str, variants: Iterable[str]) -> str:
+    """Return how the top-1 of some variants compares with that of another, each at the rate that suits it best."""
+    parts = []
+    for name in variants:
+        values: list[float] = []
+        for depth in distinct(runs, "depth"):
+            tops = [
+                {row["seed"]: row["top1"] for row in pick(runs, depth=depth, variant=v, lr=best_rate(runs, depth, v))}
+                for v in (name, other)
+            ]
+            pairs = ((tops[0][seed], tops[1][seed]) for seed in tops[0] if seed in tops[1])
+            values += [a - b for a, b in pairs if a is not None and b is not None]
+        parts.append(f"{NAMES[name]} {spread(values, '+.2f')} points over {len(values)} pairs, {judge(values)}")
+    return f"each at its best learning rate against {NAMES[other]}: {'; '.join(parts)}"
 
 
 def accurate(runs: list[Row], lr: float) -> str:
@@ -255,7 +279,7 @@ def markdown(contents: list[dict[str, Any]]) -> str:
     for content in contents:
         runs = content["runs"]
         columns.append(
-            (crashes(runs), stabilises(runs), accurate(runs, distinct(runs, "lr")[0]), faster(content["inference"]))
+            (crashes(runs), stabilises(runs), at_best(runs, "layernorm", list(NAMES)[1:]), faster(content["inference"]))
         )
     rows = [heads, ["---"] * len(heads), *zip(*columns, strict=True)]
     claims = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -272,8 +296,8 @@ included. Do not edit.
 
 {claims}
 
-A comparison is between runs of the same seed, that is the same initial weights of the linear layers and the same order
-of images; the range is over runs. A mean under {SAME} points is called "no difference to speak of".
+A comparison is between runs of the same depth and seed, that is the same initial weights of the linear layers and the
+same order of images; the range is over runs. A mean under {SAME} points is called "no difference to speak of".
 
 {what_came_out}
 ## Inference
@@ -339,6 +363,7 @@ def findings(runs: list[Row]) -> str:
     ]
     points += [f"Top-1 {accurate(runs, lr)}." for lr in rates]
     points += [f"Top-1 {against(runs, 'batchnorm', ('pre-act', 'post-act'), lr)}." for lr in rates]
+    points.append(f"Top-1 {at_best(runs, 'layernorm', list(NAMES)[1:])}.")
     points += best(runs)
     points += [
         f"Final training loss at learning rate {rates[0]:g}, mean (range): {loss}.",

@@ -7,7 +7,7 @@ depths and several seeds, about 40 minutes on one thread; and a larger one for l
 
     python examples/paper/train.py                # the grid; what results.json holds is not run again
     python examples/paper/train.py --inference    # time LayerNorm against fused and against no norm at all
-    python examples/paper/train.py --task photos --device cuda --jobs 8
+    python examples/paper/train.py --task photos --device cuda --lr 1e-3 --lr 3e-3 --seeds 1
     python examples/paper/train.py --report       # docs/paper.md and its plots, from the results alone
 
 The data is the Debian package ``dataset-fashion-mnist`` or the same four idx .gz files in any ``--data-dir``; for
@@ -246,9 +246,21 @@ def rows(settings: Sequence[Setting], task: Task, folder: Path, device: str, job
         _enter(*arguments)
         yield from map(_train, settings)
         return
+    task.load(folder, task.recipe)  # what is wrong with the images is said once, and here
     with ProcessPoolExecutor(jobs, get_context("spawn"), _enter, arguments) as pool:
-        for done in as_completed([pool.submit(_train, setting) for setting in settings]):
-            yield done.result()
+        failed: BaseException | None = None
+        futures = [pool.submit(_train, setting) for setting in settings]
+        for done in as_completed(futures):
+            if done.cancelled():
+                continue
+            if (error := done.exception()) is None:
+                yield done.result()
+                continue
+            failed = failed or error
+            for other in futures:
+                other.cancel()  # those that run are still yielded
+        if failed is not None:
+            raise failed
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
@@ -288,6 +300,8 @@ def main(
         return write_report([json.loads(p.read_text()) for p in there], docs)
     torch.set_num_threads(1)
     results = Results(path or results_of(task), task.recipe, task, device)
+    if inference and task is not FASHION:
+        raise click.UsageError("--inference times the model of Fashion-MNIST; for others there is normswap benchmark")
     if inference:
         for depth, batch in product(depths, (1, 128)):
             if not results.has("inference", depth=depth, batch=batch):
