@@ -24,6 +24,7 @@ import normswap
 from normswap.calibrate import Progress
 from normswap.data import ImageSet, load_splits
 from normswap.provenance import versions
+from normswap.refine import STEPS
 from normswap.report import StageMetrics
 from normswap.training import held_out_of
 
@@ -53,7 +54,7 @@ def start_of(original: torch.nn.Module, images: ImageSet, evaluation: list, row:
     batches = [batch for batch, _ in train]
     if calibrate is not None:
         batches = [torch.cat(batches)[:calibrate]]
-    normswap.calibrate(swapped, batches, original=original, method=row["start"])
+    normswap.calibrate(swapped, batches, original=original, method=row["start"], refine_steps=row["refine_steps"])
     seconds = time.perf_counter() - begun
     click.echo(f"calibrated in {seconds:.0f} s", err=True)
     _, before = normswap.evaluate_models({"original": original, "before": swapped.eval()}, evaluation)
@@ -123,6 +124,7 @@ def settings_of(row: dict) -> dict[str, str]:
     """Return what was set, as the columns of a table."""
     return {
         "start": row["start"],
+        "refine steps": str(row["refine_steps"]) if row["start"] == "reconstruct" else "-",
         "FFN BN": row["ffn_bn"],
         "BN mode": row["bn_mode"],
         "lr": f"{row['lr']:g}",
@@ -184,6 +186,7 @@ def tables(rows: list[dict]) -> str:
 @click.option("--batch-size", default=normswap.FinetuneOptions.batch_size, show_default=True)
 @click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
 @click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
+@click.option("--refine-steps", default=STEPS, show_default=True, help="Of the calibration.")
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--eval-samples", type=int, help="Evaluate on a random part [all of validation].")
 @click.option("--amp", is_flag=True, help="Train in bfloat16.")
@@ -205,6 +208,7 @@ def main(
     batch_size: int,
     samples: int,
     calibrate: int | None,
+    refine_steps: int,
     epochs: int,
     eval_samples: int | None,
     amp: bool,
@@ -222,7 +226,15 @@ def main(
     machine = machine_of(device, threads)
     last, begin = None, None
     for start, ffn_bn, seed, mode, lr in product(starts, positions, seeds, modes, rates):
-        row = {"model": model, "start": start, "ffn_bn": ffn_bn, "bn_mode": mode, "lr": lr, "seed": seed}
+        row = {
+            "model": model,
+            "start": start,
+            "refine_steps": refine_steps,
+            "ffn_bn": ffn_bn,
+            "bn_mode": mode,
+            "lr": lr,
+            "seed": seed,
+        }
         row |= {
             "opt": opt,
             "hflip": hflip,
