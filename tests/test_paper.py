@@ -115,6 +115,7 @@ def test_rows_stay_and_other_recipes_are_refused(paper, tmp_path):
         script.Results(path, replace(recipe, epochs=99))
 
 
+@pytest.mark.slow
 def test_the_grid_runs_in_several_processes(tmp_path):
     for name, count in (("train", 256), ("t10k", 64)):
         for what, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
