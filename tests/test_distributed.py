@@ -37,42 +37,49 @@ def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibrat
     return swapped, normswap.calibrate(swapped, batches, original=model, method=method)
 
 
-def _rank(rank: int, folder: Path, *arguments) -> None:
-    """Do the work of one process; what it finds goes to a file."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    try:
-        swapped, found = _calibrated(*arguments)
-    except normswap.NormswapError as error:
-        torch.save(str(error), folder / f"{rank}.pt")
-    else:
-        torch.save((swapped.state_dict(), found), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
-def _together(folder: Path, *arguments) -> list:
-    started = multiprocessing.start_processes(
-        _rank, (folder, *arguments), nprocs=WORLD, join=False, start_method="spawn"
-    )
-    try:
-        assert started.join(timeout=TIMEOUT) or started.join(timeout=TIMEOUT), "the processes wait for each other"
-    finally:
-        for process in started.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-
-
 # Seven batches of the demo: one process has four, the other three. Few images make six small batches, the last smaller.
 CASES = {
     "reconstruct": ("demo", 6 * BATCH_SIZE + 5, "reconstruct"),
     "few images": ("clip", BATCH_SIZE + 5, "reconstruct"),
     "channel": ("qk_norm_no_bias", 2 * BATCH_SIZE, "channel"),
 }
+TOO_FEW = ("vit", 1, "reconstruct")
+
+
+def _found(arguments: tuple) -> object:
+    try:
+        swapped, found = _calibrated(*arguments)
+    except normswap.NormswapError as error:
+        return str(error)
+    return swapped.state_dict(), found
+
+
+def _rank(rank: int, folder: Path) -> None:
+    """Do the work of one process; what it finds goes to a file."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    found = {name: _found(arguments) for name, arguments in {**CASES, "too few": TOO_FEW}.items()}
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> dict[str, list]:
+    """What each of two processes found, by case; all in one go, as most of their time goes into their start."""
+    folder = tmp_path_factory.mktemp("together")
+    started = multiprocessing.start_processes(_rank, (folder,), nprocs=WORLD, join=False, start_method="spawn")
+    try:
+        assert started.join(timeout=TIMEOUT) or started.join(timeout=TIMEOUT), "the processes wait for each other"
+    finally:
+        for process in started.processes:
+            process.kill()
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return {name: [found[name] for found in ranks] for name in ranks[0]}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_processes_agree_with_one(tmp_path, case):
+def test_processes_agree_with_one(together, case):
     swapped, alone = _calibrated(*CASES[case])
-    (first, found), (second, _) = _together(tmp_path, *CASES[case])
+    (first, found), (second, _) = together[case]
     for name, tensor in swapped.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         size = float(tensor.abs().max())
@@ -92,8 +99,8 @@ def test_processes_agree_with_one(tmp_path, case):
         assert one.reason or other.r2 == pytest.approx(one.r2, rel=PROCESSES)
 
 
-def test_more_processes_than_batches(tmp_path):
-    said = _together(tmp_path, "vit", 1, "reconstruct")
+def test_more_processes_than_batches(together):
+    said = together["too few"]
     assert said == [said[0]] * WORLD
     assert "at least 2 batches" in said[0]
 
