@@ -218,6 +218,8 @@ def main(
     out: Path,
 ) -> None:
     """Measure what is missing in the output file and print the tables."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise click.UsageError(f"--device {device}: torch finds no GPU here")
     torch.set_num_threads(threads)
     original = normswap.load_model(model).to(device).eval()
     images, validation = load_splits(original, data_dir, "train", "validation", workers=workers)

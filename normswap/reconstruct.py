@@ -19,7 +19,7 @@ from .gram import Gram, Solution, solve
 from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
-from .refine import STEPS, Branch, Problem
+from .refine import Branch, Problem
 from .report import Calibration, LayerFit, StreamError
 from .route import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
 
@@ -52,10 +52,10 @@ class Reconstruction:
         method: str,
         original: nn.Module,
         norms: dict[str, TokenBatchNorm],
-        refine_steps: int = STEPS,
+        refine_steps: int,
     ) -> None:
-        self.refine_steps = refine_steps
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
+        self.refine_steps = refine_steps
         self.penalties: dict[torch.Size, float] = {}
         self.batches = lockstep.count
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)

@@ -70,7 +70,8 @@ class Store:
             OutputError: they do not fit on the disk either.
         """
         size = _bytes(values)
-        if self._fits_on_gpu(size, values):
+        self.device = next((tensor.device for tensor in _tensors(values)), self.device)
+        if self._fits_on_gpu(size):
             self.on_gpu[index] = (size, values)
             return
         if size > self.budget:
@@ -101,8 +102,7 @@ class Store:
             return moved(torch.load(self._file(index), weights_only=True), self.device)
         return moved(self.resident.pop(index, (0, {}))[1], self.device)
 
-    def _fits_on_gpu(self, size: int, values: dict[str, Any]) -> bool:
-        self.device = next((tensor.device for tensor in _tensors(values)), self.device)
+    def _fits_on_gpu(self, size: int) -> bool:
         if self.device.type == "cpu":
             return False
         if self.gpu_budget is None:

@@ -182,6 +182,11 @@ def test_photos_are_read_from_tars(paper, tmp_path):
     assert data.images.shape == (4, *tasks.PHOTOS.input_size)
     assert (255 * data.images[:, 0, 0, 0]).round().tolist() == [0, 50, 0, 50]
     assert (data.test_images[:, 2] == 1).all()
+    with tarfile.open(tmp_path / "train.tar", "w"):
+        pass
+    for folder in (tmp_path, tmp_path / "elsewhere"):  # nothing in it, not there
+        with pytest.raises(paper[0].click.ClickException, match=r"train\.tar.*--data-dir"):
+            tasks.load_tars(folder, tasks.PHOTOS.recipe)
     with pytest.raises(paper[0].click.ClickException, match=r"train\.tar.*--data-dir"):
         tasks.load_tars(tmp_path / "elsewhere", tasks.PHOTOS.recipe)
 

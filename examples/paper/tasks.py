@@ -120,15 +120,15 @@ def load_tars(folder: Path, recipe: Recipe) -> Data:
         path = folder / f"{name}.tar"
         try:
             with tarfile.open(path) as tar:
-                files = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)
-                classes = sorted({Path(member.name).parent.name for member in files})
                 # In the same order for everyone, and every class in its first images.
-                files.sort(key=lambda member: Path(member.name).name)
+                files = sorted(filter(tarfile.TarInfo.isfile, tar), key=lambda m: (Path(m.name).name, m.name))
+                classes = sorted({Path(member.name).parent.name for member in files})
                 chosen = files[:count]
                 pixels = [numpy.asarray(Image.open(tar.extractfile(member)).convert("RGB")) for member in chosen]  # type: ignore
-        except (OSError, tarfile.TarError) as error:
+            stacked = numpy.stack(pixels)  # [N, H, W, C]; there are some, and all of one size
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise click.ClickException(f"{path}: {error}; pass --data-dir") from error
-        images = torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2)  # [N, H, W, C] -> [N, C, H, W]
+        images = torch.from_numpy(stacked).permute(0, 3, 1, 2)  # [N, H, W, C] -> [N, C, H, W]
         labels = torch.tensor([classes.index(Path(member.name).parent.name) for member in chosen])
         return (images.float() / 255 - recipe.mean) / recipe.std, labels
 

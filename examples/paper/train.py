@@ -299,6 +299,8 @@ def main(
 
         return write_report([json.loads(p.read_text()) for p in there], docs)
     torch.set_num_threads(1)
+    if device != "cpu" and not torch.cuda.is_available():
+        raise click.UsageError(f"--device {device}: torch finds no GPU here")
     results = Results(path or results_of(task), task.recipe, task, device)
     if inference and task is not FASHION:
         raise click.UsageError("--inference times the model of Fashion-MNIST; for others there is normswap benchmark")
