@@ -1,9 +1,17 @@
 """Shared fixtures: a seed for each test, the shared model and images where they are there."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Workers side by side share the cores between them, and so do the commands that they start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
