@@ -23,7 +23,6 @@ import normswap
 from normswap.calibrate import BATCH_SIZE
 from normswap.data import load_splits
 from normswap.provenance import versions
-from normswap.refine import STEPS
 
 
 class Recorded(torch.nn.Module):
@@ -83,9 +82,9 @@ def table(rows: list[dict]) -> str:
     ]
     groups: dict[tuple[str, int, int], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["images"], row["refine_steps"]), []).append(row)
+        groups.setdefault((row["method"], row["images"], row["refine_steps"] or 0), []).append(row)
     for (method, count, steps), group in sorted(groups.items()):
-        method += f", {steps} steps" if steps != STEPS else ""
+        method += f", {steps} steps" if steps else ""
 
         def span(key: str, digits: int, group: list[dict] = group) -> str:
             found = [row[key] for row in group]
@@ -108,7 +107,7 @@ def table(rows: list[dict]) -> str:
 @click.option("--method", "methods", multiple=True, default=("reconstruct", "readers", "channel", "moments"))
 @click.option("--images", "sizes", multiple=True, type=int, default=(128, 512, 1500, 5000))
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42, 0, 1))
-@click.option("--refine-steps", "steps", multiple=True, type=int, default=(STEPS,), show_default=True)
+@click.option("--refine-steps", "steps", multiple=True, type=click.IntRange(1), help="[as `convert` does]")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--out", default="docs/calibration.json", show_default=True, type=click.Path(path_type=Path))
 def main(
@@ -133,7 +132,7 @@ def main(
     for size in sizes:
         for seed in seeds:
             images = None
-            for count, method in product(steps, methods):
+            for count, method in product(steps or (None,), methods):
                 key = {"method": method, "images": size, "seed": seed, "refine_steps": count}
                 if any(key.items() <= row.items() for row in record["rows"]):
                     continue

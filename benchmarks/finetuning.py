@@ -24,7 +24,6 @@ import normswap
 from normswap.calibrate import Progress
 from normswap.data import ImageSet, load_splits
 from normswap.provenance import versions
-from normswap.refine import STEPS
 from normswap.report import StageMetrics
 from normswap.training import held_out_of
 
@@ -124,7 +123,7 @@ def settings_of(row: dict) -> dict[str, str]:
     """Return what was set, as the columns of a table."""
     return {
         "start": row["start"],
-        "refine steps": str(row["refine_steps"]) if row["start"] == "reconstruct" else "-",
+        "refine steps": str(row["refine_steps"] or "default") if row["start"] == "reconstruct" else "-",
         "FFN BN": row["ffn_bn"],
         "BN mode": row["bn_mode"],
         "lr": f"{row['lr']:g}",
@@ -186,7 +185,7 @@ def tables(rows: list[dict]) -> str:
 @click.option("--batch-size", default=normswap.FinetuneOptions.batch_size, show_default=True)
 @click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
 @click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
-@click.option("--refine-steps", default=STEPS, show_default=True, help="Of the calibration.")
+@click.option("--refine-steps", type=click.IntRange(0), help="Of the calibration.  [as `convert` does]")
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--eval-samples", type=int, help="Evaluate on a random part [all of validation].")
 @click.option("--amp", is_flag=True, help="Train in bfloat16.")
@@ -208,7 +207,7 @@ def main(
     batch_size: int,
     samples: int,
     calibrate: int | None,
-    refine_steps: int,
+    refine_steps: int | None,
     epochs: int,
     eval_samples: int | None,
     amp: bool,

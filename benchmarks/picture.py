@@ -13,8 +13,6 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the choice of a backend without a screen
 
-from normswap.refine import STEPS
-
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -27,11 +25,11 @@ def bars(calibration: dict, finetuning: dict) -> list[tuple[str, float, float]]:
         "reconstruct": "layers\nsolved again\n(reconstruct)",
     }
     for method, label in labels.items():
-        wanted = {"method": method, "images": 1500, "refine_steps": STEPS}
+        wanted = {"method": method, "images": 1500, "refine_steps": None}
         rows = [row for row in calibration["rows"] if wanted.items() <= row.items()]
         if rows:
             found.append((label, mean(r["top1"] for r in rows), mean(r["agreement"] for r in rows)))
-    wanted = {"model": calibration["model"], "start": "reconstruct", "samples": 6000, "refine_steps": STEPS}
+    wanted = {"model": calibration["model"], "start": "reconstruct", "samples": 6000, "refine_steps": None}
     tuned = [r for r in finetuning["rows"] if wanted.items() <= r.items() and "top1" in r]
     for epochs in sorted({row["epochs"] for row in tuned}):
         rows = [row for row in tuned if row["epochs"] == epochs]

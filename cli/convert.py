@@ -41,9 +41,8 @@ _POSITIONS = ("pre-act", "post-act", "none")
 @click.option(
     "--refine-steps",
     type=click.IntRange(0),
-    default=28,
-    show_default=True,
-    help="gradient steps for each attention; 300 bring the answers nearer and take several times as long",
+    help="gradient steps, of 32 images each, for every attention; more bring the answers nearer and take longer  "
+    "[each image once, 28 at least]",
 )
 @click.option(
     "--memory-budget",

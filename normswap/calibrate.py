@@ -18,7 +18,6 @@ from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
 from .norm import TokenBatchNorm
 from .reconstruct import HELD_OUT, ROWS_KEPT, Reconstruction, drawn
-from .refine import STEPS
 from .report import Calibration
 from .route import Readers, Writer, find_readers, find_writers
 from .spill import default_budget
@@ -72,7 +71,7 @@ def calibrate(
     method: str = "reconstruct",
     reconstruct: str = "all",
     memory_budget: int | None = None,
-    refine_steps: int = STEPS,
+    refine_steps: int | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Set every BatchNorm of ``swapped``, in place, and with "reconstruct" the linear layers around them too.
@@ -90,8 +89,9 @@ def calibrate(
             "readers" the first only. Other methods do not look at it.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free. On a GPU as many may stay there, up to half of what is free there.
-        refine_steps: gradient steps, of 32 images each, for what every attention reads, with "reconstruct"; 0 for none.
-            More of them bring the answers nearer to the original's and cost time, see docs/calibration.md.
+        refine_steps: gradient steps, of 32 images each, for what every attention reads, where writers are re-solved
+            too; 0 for none. Default: one on every batch that is fitted to, but at least 28. More of them bring the
+            answers nearer to the original's and cost time, see docs/calibration.md.
         progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:
@@ -118,7 +118,8 @@ def calibrate(
         batches_seen = lockstep.count if method == "reconstruct" else None
         for observer in observers.values():
             observer.batches = batches_seen
-        work = Reconstruction(lockstep, method, original, norms, refine_steps)
+        steps = refine_steps if reconstruct == "all" else 0  # what is refined is seen where the branch's writer ends
+        work = Reconstruction(lockstep, method, original, norms, steps)
         readers = find_readers(lane, sites) if method == "reconstruct" else []
         writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
@@ -141,13 +142,13 @@ def calibrate(
     return work.result
 
 
-def check_method(method: str, reconstruct: str, refine_steps: int) -> None:
+def check_method(method: str, reconstruct: str, refine_steps: int | None) -> None:
     """Refuse what cannot be meant.
 
     Raises:
         ArgumentError: unknown method or choice of layers, or a negative number of steps.
     """
-    if refine_steps < 0:
+    if refine_steps is not None and refine_steps < 0:
         raise ArgumentError(f"refine_steps must not be negative, not {refine_steps}")
     if method not in METHODS:
         raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")

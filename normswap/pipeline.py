@@ -23,7 +23,6 @@ from .fold import created_biases, fold_norms, max_difference
 from .graph import eval_mode, has_classes, meta_copy, pretrained_cfg
 from .plan import FfnBn, Plan, make_plan
 from .recipe import FinetuneOptions
-from .refine import STEPS
 from .report import ConversionReport
 from .save import build, describe_edits, is_output_folder, load, save_folder
 from .swapped import is_swapped, save_swapped
@@ -102,7 +101,7 @@ def convert(
     plan: Plan | None = None,
     reconstruct: str = "all",
     memory_budget: int | None = None,
-    refine_steps: int = STEPS,
+    refine_steps: int | None = None,
     atol: float = DEFAULT_ATOL,
     max_drop: float | None = None,
     min_agreement: float | None = None,
@@ -249,7 +248,7 @@ def convert(
         layers=fitted.layers,
         stream=fitted.stream,
         reconstruct=reconstruct if method == "reconstruct" else None,
-        refine_steps=refine_steps if method == "reconstruct" else None,
+        refine_steps=fitted.refine_steps,
         finetuning=finetuning,
         budget=trade,
         fold_max_abs_err=difference,

@@ -19,7 +19,7 @@ from .gram import Gram, Solution, solve
 from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .norm import TokenBatchNorm
-from .refine import Branch, Problem
+from .refine import STEPS, Branch, Problem
 from .report import Calibration, LayerFit, StreamError
 from .route import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
 
@@ -43,7 +43,7 @@ class Reconstruction:
         method: name of the estimator for the norms.
         original: the model with LayerNorm.
         norms: every BatchNorm of the converted model, by path.
-        refine_steps: gradient steps for the layers that attention reads.
+        refine_steps: gradient steps for the layers that attention reads; None: one on every batch, or `STEPS` if more.
     """
 
     def __init__(
@@ -52,14 +52,15 @@ class Reconstruction:
         method: str,
         original: nn.Module,
         norms: dict[str, TokenBatchNorm],
-        refine_steps: int,
+        refine_steps: int | None,
     ) -> None:
         self.lockstep, self.method, self.original, self.norms = lockstep, method, original, norms
-        self.refine_steps = refine_steps
         self.penalties: dict[torch.Size, float] = {}
         self.batches = lockstep.count
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
-        self.result = Calibration()
+        fitted_to = sum(not _held_out(number) for number in range(self.batches))
+        self.refine_steps = max(STEPS, fitted_to) if refine_steps is None else refine_steps
+        self.result = Calibration(refine_steps=self.refine_steps if method == "reconstruct" else None)
         self.routes: dict[tuple[int, Stop], Route] = {}
 
     def set_norm(self, path: str, writer: Writer | None) -> None:

@@ -9,7 +9,6 @@ dozen are enough. Images held out decide whether the result is taken.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,9 +19,12 @@ from .graph import operation
 from .lockstep import Lane, Stop, Values
 from .route import descendants, image_dependent
 
-STEPS = 28  # if nothing else is said; each on one batch
-LEARNING_RATE = 0.02  # of Adam, times the root mean square of the whitened weights
+STEPS = 28  # at least, if nothing else is said; as many as there are batches to fit to, if those are more
+LEARNING_RATE = 0.03  # times the root mean square of the whitened weights: what every weight of a row moves by
+WARM_UP = 3  # steps
+MOMENTUM = 0.5  # of the gradient and of its mean square, both short: the gradient is mostly noise of the batch
 TESTED_ON = 3  # batches at most, before and after
+LEAST = 0.01  # of a layer's mean gradient: a row with less, as of a k that nothing attends to, is not moved as far
 DAMPING = 0.01  # of the whitening, relative to the mean variance
 _MIXING = frozenset("scaled_dot_product_attention matmul bmm baddbmm softmax _softmax einsum".split())
 
@@ -55,6 +57,42 @@ class Branch:
         for node in self.nodes:
             values[node] = self.lane.execute(node, values)
         return values[self.end]
+
+
+class _Descent:
+    """Gradient descent in whitened coordinates, with a step length of its own for every row of a weight.
+
+    Inputs have variance one in every direction there, so the gradients of one row differ by the data alone and not by
+    scale; rows differ by how much attention makes of them. So where Adam has a mean square per weight, which with so
+    few steps is mostly noise, this has one per row.
+
+    Args:
+        parameters: weights `[O, K]`, then as many biases `[O]`; changed in place.
+        rates: for each weight.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], rates: Sequence[float]) -> None:
+        count = len(rates)
+        self.pairs = list(zip(parameters[:count], parameters[count:], rates, strict=True))
+        self.averages = [
+            (torch.zeros_like(weight), torch.zeros_like(bias), torch.zeros_like(bias)) for weight, bias, _ in self.pairs
+        ]
+        self.steps = 0
+
+    def step(self, share: float) -> None:
+        """Go along what is in `grad`, by that share of the rate."""
+        self.steps += 1
+        unbias = 1 - MOMENTUM**self.steps  # as in Adam: the averages start at zero
+        for (weight, bias, rate), (weights, biases, squares) in zip(self.pairs, self.averages, strict=True):
+            if weight.grad is None or bias.grad is None:
+                continue
+            weights.lerp_(weight.grad, 1 - MOMENTUM)
+            biases.lerp_(bias.grad, 1 - MOMENTUM)
+            squares.lerp_(weight.grad.square().mean(1), 1 - MOMENTUM)
+            least = LEAST**2 * squares.mean() + torch.finfo(squares.dtype).tiny
+            length = rate * share / unbias / ((squares + least) / unbias).sqrt()  # [O]
+            weight.sub_(weights * length[:, None])
+            bias.sub_(biases * length)
 
 
 class Problem:
@@ -115,8 +153,8 @@ class Problem:
         all_sum(total)
         return float(total)
 
-    def refine(self, steps: int = STEPS) -> float:
-        """Tune the layers and return what is left of the held-out error, 1 where nothing was gained or tried."""
+    def refine(self, steps: int) -> float:
+        """Tune the layers, on one batch a step; return what is left of the held-out error, 1 if nothing was gained."""
         if len(self.train) < 2 or not self.test:
             return 1.0
         dtype = torch.float64 if self.layers[0].weight.dtype == torch.float64 else torch.float32
@@ -127,24 +165,15 @@ class Problem:
             return 1.0
         self.unit = before / len(self.test)
         parameters = [t.clone() for t in (*weights, *biases)]
-        groups = []
-        for i, weight in enumerate(weights):
-            rate = LEARNING_RATE * float(weight.square().mean().sqrt())
-            groups.append({"params": [parameters[i], parameters[i + len(weights)]], "lr": rate})
-        optimizer = torch.optim.Adam(
-            groups, betas=(0.9, 0.95), eps=1e-8
-        )  # rounding, as in a bias of k, is no direction
-        rates = [group["lr"] for group in optimizer.param_groups]
-        order: list[Any] = []
+        descent = _Descent(parameters, [LEARNING_RATE * float(weight.square().mean().sqrt()) for weight in weights])
+        order: list[int] = []
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):
             if not order:
                 order = torch.randperm(len(self.train), generator=generator).tolist()
             _, index = self.train[order.pop()]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1.0, (step + 1) / 5) * (1 - step / steps)
             self._gradients(index, parameters, len(weights))
-            optimizer.step()
+            descent.step(min(1.0, (step + 1) / WARM_UP) * (1 - step / steps))
         after = self._test(parameters[: len(weights)], parameters[len(weights) :])
         if not after < before:
             return 1.0

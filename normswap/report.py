@@ -128,11 +128,13 @@ class Calibration:
         sites: one entry per norm, in execution order.
         layers: one entry per layer around the norms that could be re-solved; empty for methods that do not.
         stream: the residual stream's error after each writer.
+        refine_steps: gradient steps that every attention got; None for methods without.
     """
 
     sites: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
     stream: list[StreamError] = field(default_factory=list)
+    refine_steps: int | None = None
 
 
 @dataclass(frozen=True)

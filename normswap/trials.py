@@ -22,7 +22,7 @@ from .swap import swap_norms
 from .trade import SiteCost, Trade, Trial
 from .verdict import KEEP
 
-Choices = tuple[str, FfnBn, str, int | None, int]
+Choices = tuple[str, FfnBn, str, int | None, int | None]
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Attempt:
         ffn_bn: FfnBn,
         reconstruct: str,
         memory_budget: int | None,
-        refine_steps: int,
+        refine_steps: int | None,
         progress: Progress,
     ) -> "Attempt":
         """Swap and calibrate; see `normswap.convert` for the arguments and `normswap.calibrate` for the errors."""

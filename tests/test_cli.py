@@ -1,6 +1,5 @@
 """The command line from end to end: help, plan, conversion, comparison, what goes to stdout and to stderr."""
 
-import inspect
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from torch import nn
 
 import normswap
 from normswap.demo import FOLDER, MODEL
+from normswap.refine import STEPS
 from normswap_cli.main import cli
 
 IMAGES = ("--data-dir", FOLDER, "--eval-samples", 32, "-j", 0, "--device", "cpu")
@@ -185,9 +185,8 @@ def test_convert_seconds(converted, step):
     assert one_object(converted[1])["seconds"][step] > 0
 
 
-def test_convert_takes_as_many_gradient_steps_as_calibrate(tmp_path):
-    default = {option.name: option.default for option in cli.commands["convert"].params}["refine_steps"]
-    assert default == inspect.signature(normswap.calibrate).parameters["refine_steps"].default
+def test_convert_takes_gradient_steps_as_asked(converted, tmp_path):
+    assert one_object(converted[1])["refine_steps"] == STEPS
     result = run("convert", *DEMO, "-o", tmp_path / "out", "--refine-steps", 0, "--json")
     record = one_object(result)
     assert record["refine_steps"] == 0

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from normswap import ArgumentError, calibrate, convert, make_plan, swap_norms
-from normswap.calibrate import BATCH_SIZE
+from normswap.calibrate import BATCH_SIZE, shuffled
 from normswap.gram import Gram
-from normswap.refine import Problem
+from normswap.reconstruct import HELD_OUT
+from normswap.refine import STEPS, Problem
 from normswap.report import Calibration
 
 from .models import FAMILY, family, images
@@ -79,6 +80,18 @@ def test_more_gradient_steps_leave_less_and_none_are_none():
     assert left[60] < left[5] < left[0] == 1
     with pytest.raises(ArgumentError, match="refine_steps must not be negative, not -1"):
         calibrate(swap_norms(model), [x], model, refine_steps=-1)
+
+
+def test_every_batch_is_stepped_on_once_but_few_of_them_more_often(monkeypatch):
+    model = _original("dinov2_registers")
+    x = images(model, COUNT)
+    assert _calibrated(model, x)[1].refine_steps == STEPS
+    batches = list(shuffled([x], BATCH_SIZE))
+    monkeypatch.setattr("normswap.reconstruct.STEPS", 1)
+    assert _calibrated(model, x)[1].refine_steps == len(batches) - len(batches) // HELD_OUT > 1
+    assert _calibrated(model, x, refine_steps=3)[1].refine_steps == 3
+    assert _calibrated(model, x, reconstruct="readers")[1].refine_steps == 0
+    assert _calibrated(model, x, method="channel")[1].refine_steps is None
 
 
 @pytest.mark.parametrize("name", ["vit", "deit3", "siglip", "relpos"])
@@ -257,7 +270,7 @@ def test_gradient_steps_leave_a_layer_alone_whose_output_goes_elsewhere():
         return x[index], lambda outputs: outputs[0].tanh(), wanted(x[index]).tanh()
 
     with torch.no_grad():
-        left = Problem([used, elsewhere], gram.reduce(), load, len(x), lambda number: number == 5).refine()
+        left = Problem([used, elsewhere], gram.reduce(), load, len(x), lambda number: number == 5).refine(28)
     assert left < 0.9
     assert not torch.equal(used.weight, before[0]["weight"])
     torch.testing.assert_close(elsewhere.weight.detach(), before[1]["weight"], rtol=1e-10, atol=1e-12)

@@ -13,7 +13,7 @@ SPLIT = 1e-9
 # The same of float32 data, whose differences from the mean and their products are float32.
 SPLIT_FLOAT32 = 1e-6
 # What several processes calibrate against what one does: sums in another order, 1e-15, become 1e-13
-# by solves and 3e-9 by forty steps of Adam, which divides by gradients however small.
+# by solves and 1e-10 by a few dozen gradient steps.
 PROCESSES = 1e-8
 # Logits of a model calibrated on a GPU against the same on a CPU, relative: float32 sums in another order,
 # through solves of condition 1e4 and forty steps of Adam.
