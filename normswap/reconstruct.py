@@ -32,7 +32,7 @@ MEASURED = 4
 ROWS_PER_INPUT = 1
 # More rows than this, or than so many per input, are thinned out at random: their products would cost more than both
 # models together, and the last ones would hardly change the solution (docs/calibration.md).
-ROWS_KEPT, ROWS_KEPT_PER_INPUT = 32768, 20
+ROWS_KEPT, ROWS_KEPT_PER_INPUT = 20480, 13
 
 
 class Reconstruction:
