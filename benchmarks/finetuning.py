@@ -119,11 +119,17 @@ def machine_of(device: str, threads: int) -> str:
     return f"{platform.machine()}, {threads} thread(s) of {torch.backends.cpu.get_cpu_capability()}"
 
 
+def _steps(row: dict) -> str:
+    if row["start"] != "reconstruct":
+        return "-"
+    return "default" if row["refine_steps"] is None else str(row["refine_steps"])
+
+
 def settings_of(row: dict) -> dict[str, str]:
     """Return what was set, as the columns of a table."""
     return {
         "start": row["start"],
-        "refine steps": str(row["refine_steps"] or "default") if row["start"] == "reconstruct" else "-",
+        "refine steps": _steps(row),
         "FFN BN": row["ffn_bn"],
         "BN mode": row["bn_mode"],
         "lr": f"{row['lr']:g}",

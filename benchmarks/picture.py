@@ -31,6 +31,8 @@ def bars(calibration: dict, finetuning: dict) -> list[tuple[str, float, float]]:
             found.append((label, mean(r["top1"] for r in rows), mean(r["agreement"] for r in rows)))
     wanted = {"model": calibration["model"], "start": "reconstruct", "samples": 6000, "refine_steps": None}
     tuned = [r for r in finetuning["rows"] if wanted.items() <= r.items() and "top1" in r]
+    if not tuned:
+        raise click.ClickException("docs/finetuning.json has no run from the default calibration on 6,000 images")
     for epochs in sorted({row["epochs"] for row in tuned}):
         rows = [row for row in tuned if row["epochs"] == epochs]
         label = f"and\nfine-tuned\n({epochs} epochs)"

@@ -42,7 +42,7 @@ _POSITIONS = ("pre-act", "post-act", "none")
     "--refine-steps",
     type=click.IntRange(0),
     help="gradient steps, of 32 images each, for every attention; more bring the answers nearer and take longer  "
-    "[each image once, 28 at least]",
+    "[one for each batch fitted to, 28 at least]",
 )
 @click.option(
     "--memory-budget",

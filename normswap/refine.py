@@ -1,11 +1,11 @@
 """Tune the layers that read a norm by what comes out of their branch, where the branch mixes tokens.
 
 Least squares makes q, k and v each as close as can be, but what counts is what attention makes of them: errors of q
-and k meet in a product and in a softmax. So the solved layers are taken as a start, and a few dozen gradient steps
-lower the error of the branch's end (the output of the layer that writes to the residual stream, with the original's
-weights). The steps run in the whitened coordinates of the layer's input, where every direction of the data has
-variance one (the idea of K-FAC, Martens & Grosse 2015, section 3; here one factor, known exactly), which is why a few
-dozen are enough. Images held out decide whether the result is taken.
+and k meet in a product and in a softmax. So the solved layers are taken as a start, and gradient steps, one on each
+batch, lower the error of the branch's end (the output of the layer that writes to the residual stream, with the
+original's weights). The steps run in the whitened coordinates of the layer's input, where every direction of the data
+has variance one (the idea of K-FAC, Martens & Grosse 2015, section 3; here one factor, known exactly), which is why so
+few are enough. Images held out decide whether the result is taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,12 @@ from .lockstep import Lane, Stop, Values
 from .route import descendants, image_dependent
 
 STEPS = 28  # at least, if nothing else is said; as many as there are batches to fit to, if those are more
-LEARNING_RATE = 0.03  # times the root mean square of the whitened weights: what every weight of a row moves by
+LEARNING_RATE = 0.03  # times the root mean square of the whitened weights: what those of a row move by
 WARM_UP = 3  # steps
 MOMENTUM = 0.5  # of the gradient and of its mean square, both short: the gradient is mostly noise of the batch
 TESTED_ON = 3  # batches at most, before and after
 LEAST = 0.01  # of a layer's mean gradient: a row with less, as of a k that nothing attends to, is not moved as far
+ROUNDING = 1e-8  # of a gradient, the loss being 1 at the start: less than that is no direction
 DAMPING = 0.01  # of the whitening, relative to the mean variance
 _MIXING = frozenset("scaled_dot_product_attention matmul bmm baddbmm softmax _softmax einsum".split())
 
@@ -59,7 +60,7 @@ class Branch:
         return values[self.end]
 
 
-class _Descent:
+class Descent:
     """Gradient descent in whitened coordinates, with a step length of its own for every row of a weight.
 
     Inputs have variance one in every direction there, so the gradients of one row differ by the data alone and not by
@@ -88,8 +89,10 @@ class _Descent:
                 continue
             weights.lerp_(weight.grad, 1 - MOMENTUM)
             biases.lerp_(bias.grad, 1 - MOMENTUM)
-            squares.lerp_(weight.grad.square().mean(1), 1 - MOMENTUM)
-            least = LEAST**2 * squares.mean() + torch.finfo(squares.dtype).tiny
+            # A bias is the weight of one more input, the constant 1, of the same size as the whitened ones.
+            total = weight.grad.square().sum(1) + bias.grad.square()  # [O]
+            squares.lerp_(total / (weight.shape[1] + 1), 1 - MOMENTUM)
+            least = LEAST**2 * squares.mean() + ROUNDING**2
             length = rate * share / unbias / ((squares + least) / unbias).sqrt()  # [O]
             weight.sub_(weights * length[:, None])
             bias.sub_(biases * length)
@@ -165,7 +168,7 @@ class Problem:
             return 1.0
         self.unit = before / len(self.test)
         parameters = [t.clone() for t in (*weights, *biases)]
-        descent = _Descent(parameters, [LEARNING_RATE * float(weight.square().mean().sqrt()) for weight in weights])
+        descent = Descent(parameters, [LEARNING_RATE * float(weight.square().mean().sqrt()) for weight in weights])
         order: list[int] = []
         generator = torch.Generator().manual_seed(0)
         for step in range(steps):

@@ -128,7 +128,7 @@ class Calibration:
         sites: one entry per norm, in execution order.
         layers: one entry per layer around the norms that could be re-solved; empty for methods that do not.
         stream: the residual stream's error after each writer.
-        refine_steps: gradient steps that every attention got; None for methods without.
+        refine_steps: gradient steps meant for every attention; None for methods without.
     """
 
     sites: list[SiteFit] = field(default_factory=list)

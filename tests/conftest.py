@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Workers side by side share the cores between them, and so do the commands that they start.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
-    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    threads = max(1, torch.get_num_threads() // WORKERS)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+# An example that waits for the other worker's is no slow example.
+settings.register_profile("workers", deadline=None)
+settings.load_profile("workers")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -16,5 +16,5 @@ SPLIT_FLOAT32 = 1e-6
 # by solves and 1e-10 by a few dozen gradient steps.
 PROCESSES = 1e-8
 # Logits of a model calibrated on a GPU against the same on a CPU, relative: float32 sums in another order,
-# through solves of condition 1e4 and forty steps of Adam.
+# through solves of condition 1e4 and a few dozen gradient steps.
 GPU = 1e-2
