@@ -187,6 +187,7 @@ def test_convert_seconds(converted, step):
 
 def test_convert_takes_gradient_steps_as_asked(converted, tmp_path):
     assert one_object(converted[1])["refine_steps"] == STEPS
+    assert f"{STEPS} at least" in " ".join(run("convert", "--help").stdout.split())
     result = run("convert", *DEMO, "-o", tmp_path / "out", "--refine-steps", 0, "--json")
     record = one_object(result)
     assert record["refine_steps"] == 0
