@@ -174,11 +174,9 @@ class Finetuning:
         if self.agreement_before is not None and self.agreement_after is not None:
             same = f", same answer {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
         end = "" if self.taken else "; no sure gain, so the weights before it stay"
-        dropped = f" ({self.dropped} dropped)" if self.dropped else ""
+        steps = f"{self.steps} steps" + (f" ({self.dropped} dropped)" if self.dropped else "")
         kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f} (+-{self.kl_gain_error:.4f})"
-        return (
-            f"{self.steps} steps{dropped} in {self.seconds:.0f} s; {kl}{same} on {self.held_out} images held out{end}"
-        )
+        return f"{steps} in {self.seconds:.0f} s; {kl}{same} on {self.held_out} images held out{end}"
 
 
 @dataclass
