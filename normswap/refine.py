@@ -80,17 +80,17 @@ class Descent:
         ]
         self.steps = 0
 
-    def step(self, share: float) -> None:
-        """Go along what is in `grad`, by that share of the rate."""
+    def step(self, gradients: Sequence[torch.Tensor], share: float) -> None:
+        """Go against these gradients, in the order of the parameters, by that share of the rate."""
         self.steps += 1
         unbias = 1 - MOMENTUM**self.steps  # as in Adam: the averages start at zero
-        for (weight, bias, rate), (weights, biases, squares) in zip(self.pairs, self.averages, strict=True):
-            if weight.grad is None or bias.grad is None:
-                continue
-            weights.lerp_(weight.grad, 1 - MOMENTUM)
-            biases.lerp_(bias.grad, 1 - MOMENTUM)
+        count = len(self.pairs)
+        found = zip(self.pairs, self.averages, gradients[:count], gradients[count:], strict=True)
+        for (weight, bias, rate), (weights, biases, squares), slope, bias_slope in found:
+            weights.lerp_(slope, 1 - MOMENTUM)
+            biases.lerp_(bias_slope, 1 - MOMENTUM)
             # A bias is the weight of one more input, the constant 1, of the same size as the whitened ones.
-            total = weight.grad.square().sum(1) + bias.grad.square()  # [O]
+            total = slope.square().sum(1) + bias_slope.square()  # [O]
             squares.lerp_(total / (weight.shape[1] + 1), 1 - MOMENTUM)
             least = LEAST**2 * squares.mean() + ROUNDING**2
             length = rate * share / unbias / ((squares + least) / unbias).sqrt()  # [O]
@@ -175,8 +175,8 @@ class Problem:
             if not order:
                 order = torch.randperm(len(self.train), generator=generator).tolist()
             _, index = self.train[order.pop()]
-            self._gradients(index, parameters, len(weights))
-            descent.step(min(1.0, (step + 1) / WARM_UP) * (1 - step / steps))
+            gradients = self._gradients(index, parameters, len(weights))
+            descent.step(gradients, min(1.0, (step + 1) / WARM_UP) * (1 - step / steps))
         after = self._test(parameters[: len(weights)], parameters[len(weights) :])
         if not after < before:
             return 1.0
@@ -191,12 +191,10 @@ class Problem:
         bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         return bias + layer.weight.detach().double() @ self.mean
 
-    def _gradients(self, index: int | None, parameters: list[torch.Tensor], count: int) -> None:
-        """Set the gradients of one batch, from the process that has it, on every process."""
-        if index is None:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        else:
+    def _gradients(self, index: int | None, parameters: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """Return the gradients of one batch, from the process that has it, on every process."""
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        if index is not None:
             x, branch, wanted = self.load(index)
             # Only a direction to step in: the layers' own products may be fast ones, the branch's stay exact.
             with fast_products():
@@ -212,9 +210,8 @@ class Problem:
             for i, grad in enumerate(grads):
                 rows = grad.to(x.dtype).flatten(0, -2)  # [..., O] -> [M, O]
                 with fast_products():
-                    parameters[i].grad = rows.T @ x
-                parameters[count + i].grad = rows.sum(0)
-        for i, layer in enumerate(self.layers):
-            if layer.bias is None:
-                parameters[count + i].grad = torch.zeros_like(parameters[count + i])
-        all_sum(*(parameter.grad for parameter in parameters if parameter.grad is not None))
+                    gradients[i] = rows.T @ x
+                if self.layers[i].bias is not None:
+                    gradients[count + i] = rows.sum(0)
+        all_sum(*gradients)
+        return gradients

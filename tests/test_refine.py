@@ -19,9 +19,7 @@ ROUNDING = 1e-12  # of float64, through a square, a root and a quotient
 def _stepped(weight: torch.Tensor, bias: torch.Tensor, share: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return how far one step goes for these gradients, `[O, K]` and `[O]`."""
     parameters = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    for parameter, gradient in zip(parameters, (weight, bias), strict=True):
-        parameter.grad = gradient
-    Descent(parameters, [RATE]).step(share)
+    Descent(parameters, [RATE]).step((weight, bias), share)
     return parameters[0], parameters[1]
 
 
@@ -74,8 +72,7 @@ def test_steps_get_longer_with_a_direction_that_stays_and_stay_short_with_noise(
         weight, bias = torch.zeros(1, 64, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         descent = Descent([weight, bias], [RATE])
         for gradient in gradients:
-            weight.grad, bias.grad = gradient, torch.zeros_like(bias)
-            descent.step(1.0)
+            descent.step((gradient, torch.zeros_like(bias)), 1.0)
         reached.append(float(weight.norm()))
     assert reached[0] > 4 * reached[1] > 0
 

@@ -190,11 +190,10 @@ def test_freed_memory_is_kept_and_not_faulted_in_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
     kept, usual, settled, asked_otherwise = map(int, done.stdout.split())
     assert not asked_otherwise
+    assert usual > 10_000
     if not kept:
         pytest.skip("another allocator")
-    # Pages are 4 KiB, or up to 64 KiB where the machine makes them so; transparent huge pages fault once for 2 MiB.
-    assert usual >= 48 / 2
-    assert settled < max(usual / 100, 48 / 8)
+    assert settled < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
