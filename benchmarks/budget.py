@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 import normswap
-from normswap.budget import COLUMNS, trade_line, trade_rows
-from normswap.data import load_splits
-from normswap.plan import keep_more, model_name
-from normswap.rank import site_costs
-from normswap.report import versions
-from normswap.trade import SiteCost, Trade, Trial
+from normswap.inputs.dataset import load_splits
+from normswap.planning.plan import keep_more, model_name
+from normswap.records.budget import SiteCost, Trade, Trial
+from normswap.records.report import versions
+from normswap.reporting.budget_tables import budget_line, budget_rows
+from normswap.search.budget import COLUMNS
+from normswap.search.sensitivity import site_costs
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "budget.json"
 
@@ -120,9 +121,9 @@ def show(method: str, record: dict) -> None:
     trade = Trade(**record["budget"])
     trade.costs = [SiteCost(**cost) for cost in record["budget"]["costs"]]
     trade.trials = [Trial(**trial) for trial in record["budget"]["trials"]]
-    print(f"\n`{method}`: {trade_line(trade)}\n")
+    print(f"\n`{method}`: {budget_line(trade)}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * 8}---|")
-    for row in trade_rows(trade):
+    for row in budget_rows(trade):
         print(f"| {' | '.join(row)} |")
     print(f"\nKept: {', '.join(record['kept']) or 'none'}")
     print(f"{record['calibration_data']}; {record['evaluation_data']}; {record['date']}; {record['versions']}")

@@ -20,9 +20,9 @@ import click
 import torch
 
 import normswap
-from normswap.calibrate import BATCH_SIZE
-from normswap.data import load_splits
-from normswap.provenance import versions
+from normswap.inputs.batches import BATCH_SIZE
+from normswap.inputs.dataset import load_splits
+from normswap.records.provenance import versions
 
 
 class Recorded(torch.nn.Module):

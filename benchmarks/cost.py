@@ -16,8 +16,8 @@ import timm
 import torch
 
 import normswap
-from normswap.calibrate import BATCH_SIZE
-from normswap.provenance import versions
+from normswap.inputs.batches import BATCH_SIZE
+from normswap.records.provenance import versions
 
 
 def peak_gib() -> float:

@@ -30,10 +30,10 @@ from timm.models._registry import _model_to_module as MODEL_FILES
 from torch import nn
 
 import normswap
-from normswap.fold import max_difference
-from normswap.norm import TokenBatchNorm
-from normswap.swap import batch_norms
-from normswap.verdict import AFFINE, FOLD_BACKWARD, FOLD_FORWARD, KEEP
+from normswap.layers import TokenBatchNorm
+from normswap.planning.foldability import AFFINE, FOLD_BACKWARD, FOLD_FORWARD, KEEP
+from normswap.surgery.fold import max_difference
+from normswap.surgery.swap import batch_norms
 
 # A fold reorders sums of float64 products; the largest output counts as 1. As FOLD_FLOAT64 in tests/tolerance.py.
 TOLERANCE = 1e-9

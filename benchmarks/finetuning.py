@@ -21,11 +21,11 @@ import click
 import torch
 
 import normswap
-from normswap.calibrate import Progress
-from normswap.data import ImageSet, load_splits
-from normswap.provenance import versions
-from normswap.report import StageMetrics
-from normswap.training import held_out_of
+from normswap.finetuning.holdout import held_out_of
+from normswap.inputs.dataset import ImageSet, load_splits
+from normswap.progress import Progress
+from normswap.records.provenance import versions
+from normswap.records.report import StageMetrics
 
 SAY_EVERY = 20  # seconds
 RESULTS = {"top1": ".2f", "agreement": ".2f", "kl": ".3f"}

@@ -24,9 +24,9 @@ import timm
 import torch
 
 import normswap
-from normswap.benchmark import EAGER, ONNXRUNTIME, benchmark_models
+from normswap.benchmarking.benchmark import EAGER, ONNXRUNTIME, benchmark_models
+from normswap.benchmarking.variants import stand_in
 from normswap.errors import BenchmarkError
-from normswap.variants import stand_in
 
 from performance_document import GPU_BATCHES, GPU_ENGINES, GPU_PRECISIONS, MODELS, document  # isort: skip
 

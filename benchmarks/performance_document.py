@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from normswap.benchmark import COMPILE, EAGER, ENGINES
-from normswap.throughput import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
+from normswap.benchmarking.benchmark import COMPILE, EAGER, ENGINES
+from normswap.benchmarking.results import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 
 MODELS = {
     "ViT-Ti": "vit_tiny_patch16_224",

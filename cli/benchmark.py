@@ -95,11 +95,11 @@ def benchmark(
     import torch
 
     from normswap import benchmark_models, load_images
-    from normswap.benchmark import COMPILE, EAGER, ONNXRUNTIME
-    from normswap.engines import has_onnxruntime
+    from normswap.benchmarking.benchmark import COMPILE, EAGER, ONNXRUNTIME
+    from normswap.benchmarking.engines import has_onnxruntime
+    from normswap.benchmarking.results import check_file
     from normswap.errors import ArgumentError
-    from normswap.pipeline import is_converted, open_model
-    from normswap.throughput import check_file
+    from normswap.pipeline.open_model import is_converted, open_model
 
     if csv_file is not None:
         check_file(csv_file)

@@ -94,14 +94,16 @@ def run(console: Console, options: dict[str, Any]) -> None:
     out: Path | None = options["output"]
     sources = _sources(options)
     console.say("load", options["model"])
-    from normswap import make_plan, pipeline
+    from normswap import make_plan
     from normswap.atomic import check_target
-    from normswap.data import load_splits
     from normswap.errors import ArgumentError, CheckFailedError
-    from normswap.onnxfile import require_onnx
-    from normswap.page import check_extra
-    from normswap.save import check_saveable
-    from normswap.training import require_accelerate
+    from normswap.exporting.onnx_file import require_onnx
+    from normswap.finetuning.trainer import require_accelerate
+    from normswap.inputs.dataset import load_splits
+    from normswap.outputs.save import check_saveable
+    from normswap.pipeline import convert as pipeline
+    from normswap.pipeline.open_model import open_model
+    from normswap.reporting.html_report import check_extra
 
     if options["report"]:
         check_extra()
@@ -118,7 +120,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
     if training is not None:
         require_accelerate()
     device = o.pick_device(options["device"])
-    model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
+    model = open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
     if out is not None:
         check_saveable(model)
     images, evaluation = load_splits(
@@ -258,9 +260,20 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
     """Say what was found; return the tables."""
     from rich.markup import escape
 
-    from normswap.budget import trade_line, trade_table
-    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
-    from normswap.summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
+    from normswap.reporting.budget_tables import budget_line, budget_table
+    from normswap.reporting.conversion_tables import (
+        WORST_COLUMNS,
+        WORST_TITLE,
+        fit_line,
+        kept_layers,
+        layers_table,
+        scarce_rows,
+        sites_table,
+        stages_table,
+        stream_table,
+        worst_rows,
+    )
+    from normswap.tables import table
 
     if report.calibration_passes is not None:
         seconds = report.seconds["calibrate"]
@@ -276,7 +289,7 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
     if report.stayed:
         console.say("stayed", f"{len(report.stayed)} of {len(report.plan)} LayerNorms: {', '.join(report.stayed)}")
     if report.budget is not None:
-        console.say("budget", trade_line(report.budget))
+        console.say("budget", budget_line(report.budget))
     scarce = scarce_rows(report.layers)
     if scarce:
         console.say("scarce", scarce)
@@ -299,15 +312,15 @@ def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
         cells = [[escape(cell) for cell in row] for row in rows]
         tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
     if report.budget is not None:
-        tables.append(trade_table(report.budget))
+        tables.append(budget_table(report.budget))
     if report.stages:
         tables.append(stages_table(report.stages))
     return tables
 
 
 def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
-    from normswap.page import can_render
-    from normswap.save import PAGE
+    from normswap.outputs.save import PAGE
+    from normswap.reporting.html_report import can_render
 
     page = (out / PAGE).is_file()
     files = "model.safetensors, config.json, normswap.json, README.md"

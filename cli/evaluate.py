@@ -30,9 +30,10 @@ def evaluate(
     console = Console(as_json, quiet)
     console.say("load", model)
     from normswap import evaluate_models, load_images
-    from normswap.pipeline import is_converted, open_model
-    from normswap.provenance import versions
-    from normswap.report import plain, stages_table
+    from normswap.pipeline.open_model import is_converted, open_model
+    from normswap.records.provenance import versions
+    from normswap.records.report import plain
+    from normswap.reporting.conversion_tables import stages_table
 
     device = o.pick_device(options["device"])
     architecture = o.architecture(options)

@@ -64,8 +64,8 @@ def export(**options: Any) -> None:
     name = f"local-dir:{folder}" if model is None else model
     console.say("load", name)
     from normswap.errors import ArgumentError, CheckFailedError
-    from normswap.export import check_export
-    from normswap.pipeline import is_converted, open_model
+    from normswap.exporting.export import check_export
+    from normswap.pipeline.open_model import is_converted, open_model
 
     if folder is not None and not is_converted(name):
         raise ArgumentError(f"{folder}: no normswap.json in it; any other model goes by -m local-dir:{folder} -o FILE")
@@ -111,9 +111,9 @@ def write(
     int8_images: Any = None,
 ) -> Any:
     """Export a model, with a bar on a terminal; ``convert --export`` ends here too, with fewer options."""
-    from normswap.export import DEFAULT_OPSET, export_model
-    from normswap.pipeline import is_converted
-    from normswap.save import kept_norms
+    from normswap.exporting.export import DEFAULT_OPSET, export_model
+    from normswap.outputs.save import kept_norms
+    from normswap.pipeline.open_model import is_converted
 
     if images is None:
         console.say(
@@ -143,7 +143,7 @@ def write(
 
 def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return the images to compare on, and those that set INT8 ranges if they are asked for."""
-    from normswap.data import load_images, load_splits
+    from normswap.inputs.dataset import load_images, load_splits
 
     if not options["int8"]:
         images = load_images(model, options["data_dir"], options["split"], **o.data(options))
@@ -164,7 +164,8 @@ def show(console: Console, report: Any, verbose: int) -> None:
 
 def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     """Say what was found; return the tables."""
-    from normswap.report import stages_table, table
+    from normswap.reporting.conversion_tables import stages_table
+    from normswap.tables import table
 
     opset = f", opset {report.opset}" if report.opset else ""
     console.say("graph", f"{report.graph.line()}; {report.dtype}{opset}, input {list(report.input_shape)}")

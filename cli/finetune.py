@@ -48,8 +48,8 @@ def finetune(**options: Any) -> None:
     out: Path = options["output"]
     swapped, original, device = _open(console, options, needs_original=True)
     from normswap import finetune_swapped, save_swapped
-    from normswap.data import load_splits
-    from normswap.report import stages_table
+    from normswap.inputs.dataset import load_splits
+    from normswap.reporting.conversion_tables import stages_table
 
     training = o.finetuning(options)
     images, evaluation = load_splits(
@@ -116,7 +116,7 @@ def fuse(**options: Any) -> None:
     from normswap import fuse as fold
     from normswap import load_images
     from normswap.errors import CheckFailedError
-    from normswap.report import stages_table
+    from normswap.reporting.conversion_tables import stages_table
 
     images = None
     if with_images:
@@ -152,10 +152,11 @@ def fuse(**options: Any) -> None:
 def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tuple[Any, Any, str]:
     """Return the swapped checkpoint, the original if it is needed, and the device they are on."""
     console.say("load", options["model"])
-    from normswap import load_swapped, pipeline
+    from normswap import load_swapped
     from normswap.atomic import check_target
     from normswap.errors import ArgumentError, CheckpointError
-    from normswap.save import model_arguments
+    from normswap.outputs.save import model_arguments
+    from normswap.pipeline.open_model import open_model
 
     check_target(options["output"], options["overwrite"], _sources(options))
     device = o.pick_device(options["device"])
@@ -174,7 +175,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
             f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
         )
     try:
-        original = pipeline.open_model(name, **weights, **model_arguments(swapped.original)).to(device)
+        original = open_model(name, **weights, **model_arguments(swapped.original)).to(device)
     except (ArgumentError, CheckpointError) as error:
         if typed is None:
             raise type(error)(f"{error}; if it is elsewhere now, --against says where") from error

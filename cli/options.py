@@ -45,8 +45,8 @@ class Size(click.ParamType):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from normswap.calibration.activation_store import parse_bytes
         from normswap.errors import ArgumentError
-        from normswap.spill import parse_bytes
 
         try:
             return parse_bytes(str(value))
@@ -275,7 +275,7 @@ def finetuning(options: dict[str, Any]) -> Any:
     import torch
 
     from normswap.errors import ArgumentError
-    from normswap.recipe import FinetuneOptions
+    from normswap.finetuning.options import FinetuneOptions
 
     if not options["finetune_epochs"]:
         if options["resume"] or options["finetune_state"] or options.get("control"):
@@ -322,7 +322,7 @@ def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> 
         ArgumentError: there is only one image.
     """
     from normswap.errors import ArgumentError
-    from normswap.training import held_out_of
+    from normswap.finetuning.holdout import held_out_of
 
     if len(images) < 2:
         raise ArgumentError(f"fine-tuning wants at least two images, there are {len(images)}")

@@ -24,7 +24,7 @@ def inspect(model: str, keep: tuple[str, ...], as_json: bool, quiet: bool, verbo
     """
     console = Console(as_json, quiet)
     from normswap import make_plan
-    from normswap.pipeline import open_model
+    from normswap.pipeline.open_model import open_model
 
     plan = make_plan(open_model(model, weights=False, **architecture(options)), keep)
     console.result(plan.to_json(), plan.table())

@@ -34,9 +34,9 @@ def push(folder: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, 
     normswap push out user/vit-without-layernorm --private
     """
     console = Console(as_json, quiet)
-    from normswap.push import prepare
-    from normswap.push import push as send
-    from normswap.report import table
+    from normswap.outputs.hub import prepare
+    from normswap.outputs.hub import push as send
+    from normswap.tables import table
 
     message = options.pop("message")
     upload = prepare(folder, repo_id, **options)

@@ -29,8 +29,8 @@ def report(folder: Path, benchmark: Path | None, as_json: bool, quiet: bool, ver
     """
     console = Console(as_json, quiet)
     from normswap.atomic import write_file
-    from normswap.page import check_extra, read_benchmark, render_page
-    from normswap.save import PAGE, RECORD, read_record
+    from normswap.outputs.save import PAGE, RECORD, read_record
+    from normswap.reporting.html_report import check_extra, read_benchmark, render_page
 
     check_extra()
     record = read_record(folder)

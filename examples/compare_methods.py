@@ -11,9 +11,9 @@ import sys
 import torch
 
 import normswap
-from normswap.calibrate import METHODS
-from normswap.data import load_splits
+from normswap.calibration.calibrate import METHODS
 from normswap.demo import FOLDER, MODEL
+from normswap.inputs.dataset import load_splits
 
 
 def main(name: str, data_dir: str, samples: int) -> None:
@@ -27,7 +27,7 @@ def main(name: str, data_dir: str, samples: int) -> None:
         swapped = normswap.swap_norms(model, plan)
         normswap.calibrate(swapped, batches, original=model, method=method)
         fused = normswap.fold_norms(swapped)
-        folds[f"`{method}`"] = normswap.fold.max_difference(swapped, fused, batches)
+        folds[f"`{method}`"] = normswap.surgery.fold.max_difference(swapped, fused, batches)
         models[f"`{method}`"] = fused
     print("| BatchNorm set by | top-1 % | top-5 % | same answer % | KL | worst KL | fold error |")
     print("|---|---|---|---|---|---|---|")

@@ -4,11 +4,9 @@ Letters used everywhere: B batch, N tokens, C channels, H hidden width of the FF
 Accuracy and agreement are in percent, times in seconds, divergences in nats.
 """
 
-from .benchmark import benchmark_models
-from .calibrate import calibrate
-from .checkpoint import load_model
-from .continuation import finetune_swapped, fuse
-from .data import load_images
+from .benchmarking.benchmark import benchmark_models
+from .benchmarking.results import Benchmark
+from .calibration.calibrate import calibrate
 from .errors import (
     ArgumentError,
     BenchmarkError,
@@ -24,18 +22,21 @@ from .errors import (
     NormswapError,
     OutputError,
 )
-from .evaluate import evaluate_models
-from .export import ExportReport, export_model
-from .finetune import finetune
-from .fold import fold_norms
-from .pipeline import Conversion, convert
-from .plan import Plan, make_plan
-from .recipe import FinetuneOptions
-from .report import ConversionReport
-from .save import load
-from .swap import swap_norms
-from .swapped import Swapped, load_swapped, save_swapped
-from .throughput import Benchmark
+from .evaluation.evaluate import evaluate_models
+from .exporting.export import ExportReport, export_model
+from .finetuning.finetune import finetune
+from .finetuning.options import FinetuneOptions
+from .inputs.checkpoint import load_model
+from .inputs.dataset import load_images
+from .outputs.save import load
+from .outputs.swapped_checkpoint import Swapped, load_swapped, save_swapped
+from .pipeline.conversion import Conversion
+from .pipeline.convert import convert
+from .pipeline.from_swapped import finetune_swapped, fuse
+from .planning.plan import Plan, make_plan
+from .records.report import ConversionReport
+from .surgery.fold import fold_norms
+from .surgery.swap import swap_norms
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from normswap.norm import TokenBatchNorm
+from normswap.layers import TokenBatchNorm
 
 _TINY = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 7}
 

@@ -11,12 +11,12 @@ import torch
 from torch import distributed, multiprocessing, nn
 
 import normswap
-from normswap.calibrate import BATCH_SIZE
 from normswap.demo import FOLDER, MODEL
-from normswap.report import Calibration
+from normswap.inputs.batches import BATCH_SIZE
+from normswap.records.report import Calibration
 
+from .cli.test_cli import DEMO, FILES
 from .models import family, images
-from .test_cli import DEMO, FILES
 from .tolerance import PROCESSES
 
 WORLD = 2

@@ -7,14 +7,15 @@ import torch
 from torch import distributed, nn
 
 import normswap
-from normswap import FinetuneOptions, spill
+from normswap import FinetuneOptions
 from normswap import distributed as sums
-from normswap.calibrate import BATCH_SIZE
+from normswap.calibration import activation_store as spill
+from normswap.calibration.activation_store import Store
 from normswap.demo import FOLDER, MODEL
-from normswap.spill import Store
+from normswap.inputs.batches import BATCH_SIZE
 
+from .cli.test_cli import one_object, run
 from .models import FAMILY, family, images
-from .test_cli import one_object, run
 from .tolerance import FOLD_FLOAT32, GPU
 
 DEVICE = "cuda"

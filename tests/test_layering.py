@@ -1,4 +1,4 @@
-"""The road: each module imports only from its left, and stays short."""
+"""The road: packages import only from packages to their left, files inside one only from files to their left."""
 
 import ast
 from collections.abc import Iterator
@@ -7,100 +7,121 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# The order in which the data flows.
-ROAD = (
-    "errors",
-    "atomic",
-    "state",
-    "provenance",
-    "worst",
-    "trade",
-    "report",
-    "summary",
-    "norm",
-    "graph",
-    "trace",
-    "weights",
-    "verdict",
-    "plan",
-    "checkpoint",
-    "stream",
-    "data",
-    "swap",
-    "distributed",
-    "moments",
-    "estimate",
-    "gram",
-    "spill",
-    "lockstep",
-    "route",
-    "refine",
-    "reconstruct",
-    "calibrate",
-    "distil",
-    "fade",
-    "recipe",
-    "augment",
-    "training",
-    "finetune",
-    "fold",
-    "evaluate",
-    "rank",
-    "budget",
-    "charts",
-    "speedbars",
-    "page",
-    "card",
-    "save",
-    "swapped",
-    "push",
-    "timing",
-    "throughput",
-    "variants",
-    "engines",
-    "benchmark",
-    "inventory",
-    "onnxfile",
-    "fp16",
-    "int8",
-    "export",
-    "trials",
-    "pipeline",
-    "continuation",
-    "demo",
-)
+LIBRARY = ROOT / "normswap"
+# The order in which the data flows. A file at the top has no files inside; a package lists its own, in order.
+ROAD: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "progress": (),
+    "tables": (),
+    "distributed": (),
+    "atomic": (),
+    "layers": (),
+    "model_utils": (),
+    "records": ("provenance", "worst_images", "budget", "report"),
+    "inputs": ("batches", "checkpoint", "stream", "dataset"),
+    "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
+    "surgery": ("swap", "fold"),
+    "evaluation": ("worst_images", "evaluate"),
+    "calibration": (
+        "moments",
+        "estimators",
+        "ridge",
+        "activation_store",
+        "lockstep",
+        "solvable_layers",
+        "attention_refinement",
+        "reconstruction",
+        "calibrate",
+    ),
+    "finetuning": (
+        "norm_blending",
+        "options",
+        "augment",
+        "losses",
+        "holdout",
+        "batch_norm_statistics",
+        "run_state",
+        "trainer",
+        "finetune",
+    ),
+    "search": ("budget", "sensitivity", "trials"),
+    "reporting": (
+        "conversion_tables",
+        "budget_tables",
+        "model_card",
+        "svg_charts",
+        "benchmark_charts",
+        "html_report",
+    ),
+    "outputs": ("save", "swapped_checkpoint", "hub"),
+    "exporting": ("layernorm_search", "onnx_file", "fp16", "int8", "export"),
+    "benchmarking": ("timing", "results", "variants", "engines", "benchmark"),
+    "pipeline": ("open_model", "conversion", "checks", "convert", "from_swapped"),
+    "demo": (),
+}
+ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]
 
 
-def _file(module: str) -> Path:
-    path = ROOT / "normswap" / f"{module}.py"
-    return path if path.exists() else path.with_suffix("") / "__init__.py"
+def _path(room: str, file: str) -> Path:
+    if file:
+        return LIBRARY / room / f"{file}.py"
+    path = LIBRARY / f"{room}.py"
+    return path if path.exists() else LIBRARY / room / "__init__.py"
 
 
-def _imported(source: str) -> Iterator[str]:
-    """Yield the names of normswap's own modules that the source imports, wherever in it."""
+def _place(names: list[str]) -> tuple[str, str] | None:
+    """Return the room and file of a dotted name below normswap, None for what is not the library's own."""
+    if not names or names[0] not in ROAD:
+        return None
+    return names[0], names[1] if len(names) > 1 and names[1] in ROAD[names[0]] else ""
+
+
+def _imported(source: str, package: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield room and file of everything of normswap that the source imports, wherever in it.
+
+    Args:
+        source: text of a file.
+        package: the packages below normswap in which it lies, for relative imports.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            dotted = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "normswap" if node.level else node.module or ""
-            base += f".{node.module}" if node.level and node.module else ""
-            names = [base] if "." in base else [f"{base}.{alias.name}" for alias in node.names]
+            base = ["normswap", *package][: len(package) + 2 - node.level] if node.level else []
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            dotted = [[*base, alias.name] for alias in node.names]
         else:
             continue
-        yield from (n.split(".")[1] for n in names if n.startswith("normswap.") and n.split(".")[1] in ROAD)
+        places = (_place(names[1:]) for names in dotted if names[0] == "normswap")
+        yield from (place for place in places if place is not None)
 
 
-def test_every_module_has_its_place():
-    names = {p.stem for p in (ROOT / "normswap").glob("*.py")} | {
-        p.parent.name for p in ROOT.glob("normswap/*/__init__.py")
+def test_every_file_has_its_place():
+    there = {path.relative_to(LIBRARY).with_suffix("").parts for path in LIBRARY.rglob("*.py")}
+    files = {parts for parts in there if parts[-1] != "__init__"}
+    packages = {parts[0] for parts in there if len(parts) > 1}
+    assert files == {
+        (room, file) if file else (room,) for room, file in ORDER if not _path(room, file).match("__init__.py")
     }
-    assert names - {"__init__"} == set(ROAD)
+    assert packages == {room for room in ROAD if (LIBRARY / room).is_dir()}
 
 
-@pytest.mark.parametrize("module", ROAD)
-def test_imports_look_back_only(module):
-    ahead = [m for m in _imported(_file(module).read_text()) if ROAD.index(m) >= ROAD.index(module)]
-    assert not ahead, f"normswap/{module}.py imports {ahead}, which come after it"
+@pytest.mark.parametrize(("room", "file"), ORDER)
+def test_imports_look_back_only(room, file):
+    here = ORDER.index((room, file))
+    package = (room,) if file else ()
+    found = set(_imported(_path(room, file).read_text(), package))
+    ahead = [place for place in found if ORDER.index(place) >= here]
+    assert not ahead, f"normswap/{room}/{file} imports {ahead}, which come after it"
+
+
+@pytest.mark.parametrize("package", [room for room, files in ROAD.items() if files])
+def test_a_package_says_what_it_does_and_what_it_never_does(package):
+    tree = ast.parse((LIBRARY / package / "__init__.py").read_text())
+    text = ast.get_docstring(tree)
+    assert len(tree.body) == 1, "it holds nothing else, so that importing one file imports no other"
+    assert text is not None
+    assert " never " in text
 
 
 @pytest.mark.parametrize(
@@ -108,25 +129,29 @@ def test_imports_look_back_only(module):
     [
         "from .fold import x",
         "from . import fold",
-        "from normswap.fold import x",
-        "from normswap import fold",
-        "import normswap.fold",
-        "def f():\n    import normswap.fold as f",
+        "from ..surgery.fold import x",
+        "from ..surgery import fold",
+        "from normswap.surgery.fold import x",
+        "from normswap.surgery import fold",
+        "import normswap.surgery.fold",
+        "def f():\n    import normswap.surgery.fold as f",
     ],
 )
 def test_every_spelling_of_an_import_is_seen(line):
-    assert list(_imported(line)) == ["fold"]
+    assert list(_imported(line, ("surgery",))) == [("surgery", "fold")]
 
 
 def test_the_library_knows_nothing_of_the_command_line():
-    for path in ROOT.glob("normswap/**/*.py"):
+    for path in LIBRARY.rglob("*.py"):
         text = path.read_text()
         assert "import click" not in text, path
         assert "normswap_cli" not in text, path
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*ROOT.glob("normswap/**/*.py"), *ROOT.glob("cli/*.py"), *ROOT.glob("tests/*.py")])
+    "path",
+    sorted([*LIBRARY.rglob("*.py"), *ROOT.glob("cli/*.py"), *ROOT.glob("tests/**/*.py")]),
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) < 400

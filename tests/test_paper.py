@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
-from normswap.swap import batch_norms
+from normswap.surgery.swap import batch_norms
 
 from .child import ONE_THREAD
 from .tolerance import FOLD_FLOAT64

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import normswap
-from normswap.data import load_splits
-from normswap.fold import max_difference
+from normswap.inputs.dataset import load_splits
+from normswap.surgery.fold import max_difference
 
 from .tolerance import FOLD_FLOAT32, FOLD_FLOAT64
 

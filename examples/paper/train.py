@@ -42,8 +42,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import normswap
-from normswap.augment import views
-from normswap.swap import batch_norms
+from normswap.finetuning.augment import views
+from normswap.surgery.swap import batch_norms
 
 from tasks import FASHION, TASKS, Data, Recipe, Task  # isort: skip  # beside this file
 

@@ -1,0 +1,127 @@
+"""Top-1, top-5 and agreement with the original, over the same images, in one pass."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from timm.utils import accuracy
+from torch import nn
+
+from ..errors import ArgumentError
+from ..model_utils import eval_mode, has_classes
+from ..progress import Progress, no_progress
+from ..records.report import StageMetrics
+from .worst_images import WorstImages
+
+
+class _Tally:
+    """Running sums of one model's metrics."""
+
+    def __init__(self) -> None:
+        self.n = self.labelled = self.non_finite = 0
+        self.top1 = self.top5 = self.agreement = self.kl = self.cosine = 0.0
+        self.worst_kl = 0.0
+        self.is_classifier = True
+
+    def update(
+        self, logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor | None, classifier: bool
+    ) -> torch.Tensor | None:
+        """Add one batch of outputs `[B, K]` in float64, the reference model's and the labels `[B]`.
+
+        Return the KL of each image `[B]`, None for headless models.
+        """
+        n = len(logits)
+        self.n += n
+        self.is_classifier = classifier
+        self.non_finite += int((~torch.isfinite(logits)).any(1).sum())
+        self.cosine += float(torch.nn.functional.cosine_similarity(logits, reference).sum())
+        if not classifier:
+            return None
+        self.agreement += float((logits.argmax(1) == reference.argmax(1)).sum())
+        divergence = torch.nn.functional.kl_div(
+            logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True
+        ).sum(1)
+        # A model that gives NaN is infinitely far away; a rounding below zero is zero.
+        divergence = divergence.nan_to_num(nan=float("inf")).clamp_min(0)
+        self.kl += float(divergence.sum())
+        self.worst_kl = max(self.worst_kl, float(divergence.max()))
+        if labels is not None:
+            top1, top5 = accuracy(logits, labels, topk=(1, 5))
+            self.top1 += float(top1) * n / 100
+            self.top5 += float(top5) * n / 100
+            self.labelled += n
+        return divergence
+
+    def metrics(self, name: str) -> StageMetrics:
+        def percent(count: float, of: int) -> float | None:
+            return 100 * count / of if of and self.is_classifier else None
+
+        return StageMetrics(
+            name=name,
+            n=self.n,
+            top1=percent(self.top1, self.labelled),
+            top5=percent(self.top5, self.labelled),
+            agreement=percent(self.agreement, self.n),
+            kl=self.kl / self.n if self.is_classifier else None,
+            worst_kl=self.worst_kl if self.is_classifier else None,
+            cosine=self.cosine / self.n,
+            non_finite=self.non_finite,
+        )
+
+
+@torch.no_grad()
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    amp_dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+    total: int = 0,
+    worst: WorstImages | None = None,
+    answers: dict[int, torch.Tensor] | None = None,
+) -> list[StageMetrics]:
+    """Measure several models on the same images; the first one is the reference for agreement and KL.
+
+    Args:
+        models: by name; all with outputs of the same shape `[B, K]`.
+        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None).
+        amp_dtype: autocast to it; default: the models' own dtype.
+        progress: called with ("evaluate", images done, ``total``).
+        total: how many images there will be, for the progress.
+        worst: is shown every image with the first and the last model's outputs, to keep those furthest apart.
+        answers: of the first model, by number of the batch: taken where there, else put there. So the original runs
+            once if it is measured against again and again on the same batches.
+
+    Raises:
+        ArgumentError: no images, or models that answer in different shapes.
+    """
+    tallies = {name: _Tally() for name in models}
+    first = next(iter(models.values()))
+    weight = next(first.parameters())
+    classifier = has_classes(first)
+    done = 0
+    with eval_mode(*models.values()):
+        for number, item in enumerate(batches):
+            images, labels = (item[0], item[1]) if isinstance(item, tuple | list) else (item, None)
+            images = images.to(weight)
+            labels = None if labels is None else labels.to(weight.device)
+            reference: torch.Tensor | None = None
+            for name, model in models.items():
+                known = answers.get(number) if answers and model is first else None
+                cast = torch.autocast(weight.device.type, amp_dtype) if amp_dtype else nullcontext()
+                with cast:
+                    output = model(images) if known is None else known
+                if answers is not None and model is first:
+                    answers[number] = output
+                logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
+                reference = logits if reference is None else reference
+                if logits.shape != reference.shape:
+                    raise ArgumentError(f"{name} answers {list(logits.shape)}, the reference {list(reference.shape)}")
+                divergence = tallies[name].update(logits, reference, labels, classifier)
+            if worst is not None and divergence is not None and reference is not None:
+                worst.update(images, divergence, reference, logits, labels)
+            done += len(images)
+            progress("evaluate", done, total)
+    if not done:
+        raise ArgumentError("no images to evaluate on")
+    return [tally.metrics(name) for name, tally in tallies.items()]

@@ -1,0 +1,113 @@
+"""Win back what calibration left: distil the original into the swapped model, with the BatchNorms still in.
+
+The teacher is the original. The loss is KL of the answers plus the relative error of the residual stream in front of
+every norm (Romero et al. 2015, "FitNets", section 2.2: hints at inner layers); labels are used only if asked for.
+A converted model is a sharp starting point, so the learning rate warms up, gradients are clipped, a step whose loss
+or gradient is not finite is dropped, and images held out decide at the end whether the result is taken at all.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.activation_store import default_budget
+from ..errors import ArgumentError
+from ..inputs.batches import gather
+from ..inputs.dataset import ImageSet
+from ..model_utils import eval_mode
+from ..progress import Progress, no_progress
+from ..records.report import Finetuning
+from .holdout import held_out_of
+from .options import FinetuneOptions
+from .run_state import TrainingState
+from .trainer import Run, steps_per_epoch
+
+
+def finetune(
+    swapped: nn.Module,
+    images: Iterable[Any],
+    original: nn.Module,
+    options: FinetuneOptions | None = None,
+    *,
+    held_out: Iterable[Any] | None = None,
+    state: str | Path | None = None,
+    resume: bool = False,
+    save_every: float = 300.0,
+    progress: Progress = no_progress,
+) -> Finetuning:
+    """Train ``swapped``, in place, to answer as ``original`` does, which stays as it is.
+
+    Dropout and drop path are off. Unless the model is closer to the original than before on images that were held
+    out, by two standard errors, it gets its old weights back, so chance makes no model worse. Under torchrun or
+    accelerate every process passes the same images and trains on its share of them.
+
+    Args:
+        swapped: a calibrated model with BatchNorm in; or a copy of ``original``, to see what training alone does.
+        images: batches `[B, C, H, W]`, or pairs of them and labels `[B]`; held in memory.
+        original: the teacher.
+        options: see `FinetuneOptions`.
+        held_out: images to measure on, in the form of ``images``. Give some that calibration has not seen either: on
+            its own images a calibrated model is better than it is. Default: one in ten of ``images``.
+        state: file that keeps the state of the run, written atomically.
+        resume: go on from ``state``; on a CPU to the same bits as an undisturbed run.
+        save_every: seconds between two writings.
+        progress: called with ("finetune: loss ..., agreement ...", steps done, steps in all).
+
+    Raises:
+        ArgumentError: options or images that cannot be meant, labels out of range, models of different heads.
+        CheckpointError: ``state`` is truncated, or of another run.
+        OutputError: ``state`` cannot be written; what was there still is.
+        CalibrationError: too many steps in a row without finite numbers.
+        MissingExtraError: accelerate is not installed.
+    """
+    options = options or FinetuneOptions()
+    options.check()
+    if resume and state is None:
+        raise ArgumentError("resume needs the file with the state of the run")
+    weight = next(swapped.parameters())
+    check_images(images, weight, options, held_out is not None)
+    pixels, labels = gather(images, weight)
+    if len(pixels) < 2 and held_out is None:
+        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(pixels)}")
+    held = None if held_out is None else gather(held_out, weight)[0]
+    if held is not None and held.shape[1:] != pixels.shape[1:]:
+        raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
+    run = Run(swapped, original, options, pixels, labels, held)
+    kept = TrainingState(Path(state), run.fingerprint()) if state is not None else None
+    if kept is not None and resume:
+        run.load(kept.load())
+    with eval_mode(original, swapped), torch.enable_grad():
+        return run.go(kept, save_every, progress)
+
+
+def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOptions, held_out: bool) -> None:
+    """Refuse early what `finetune` would refuse late, where the images tell how many they are before they are read.
+
+    Args:
+        images: in the form that `finetune` takes.
+        like: a parameter of the model, whose dtype and device the images will have.
+        options: what they are for.
+        held_out: whether there are others that decide.
+
+    Raises:
+        ArgumentError: too few for one step, or more than the memory that is free can hold.
+    """
+    if isinstance(images, ImageSet):
+        count = len(images)
+        # As batches and, for a moment, as the one tensor they become.
+        need = 2 * count * math.prod(images.input_size) * like.element_size()
+        free = 2 * default_budget()
+        if like.device.type == "cpu" and need > free:
+            gib = f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+            what = f"{count} images of {list(images.input_size)} want {gib}"
+            raise ArgumentError(f"{what}: fine-tune on fewer (--finetune-samples; finetune: --samples)")
+    elif isinstance(images, list):
+        count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)
+    else:
+        return
+    if count > 1:  # that one is not enough is said where they are read
+        steps_per_epoch(count, 0 if held_out else held_out_of(count), options)

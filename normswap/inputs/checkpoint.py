@@ -1,0 +1,216 @@
+"""Model in: a timm vision transformer from a name, hf-hub:ID, local-dir:PATH or a weights file.
+
+Everything is loaded by timm; what is added is one clear line where timm would give a traceback, an assertion, or a
+randomly initialised head.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
+from torch import nn
+
+from ..errors import ArgumentError, CheckpointError, ModelRefusedError
+
+
+def load_model(
+    model: str,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    use_ema: bool = False,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    weights: bool = True,
+    random_weights: bool = False,
+    **model_kwargs: Any,
+) -> nn.Module:
+    """Return a timm model with its pretrained weights, in eval mode on the CPU.
+
+    Args:
+        model: whatever `timm.create_model` takes: a name, ``hf-hub:ID`` or ``local-dir:PATH``.
+        pretrained: use timm's weights for a plain name; implied by the two prefixes.
+        checkpoint: weights file (.safetensors, .pth, .pt, .bin), instead of ``pretrained``.
+        use_ema: take the EMA weights of a training checkpoint.
+        num_classes: of the classifier; 0 for a headless model; default: the checkpoint's.
+        img_size: height and width in pixels; default: the checkpoint's.
+        in_chans: image channels; default: the checkpoint's.
+        weights: False for the architecture alone, on the meta device (for `make_plan`).
+        random_weights: those that timm starts training from, where no others are asked for (for timing).
+        model_kwargs: passed on to `timm.create_model`.
+
+    Raises:
+        ArgumentError: unknown model, missing path, or no weights asked for.
+        CheckpointError: weights that cannot be read or do not fit.
+        ModelRefusedError: the architecture cannot be built with these arguments.
+    """
+    if use_ema and checkpoint is None:
+        raise ArgumentError("--use-ema goes with --checkpoint")
+    kwargs = _resolve(model, num_classes, img_size, in_chans, model_kwargs)
+    source, _ = parse_model_name(model)
+    config = kwargs["pretrained_cfg"]
+    if not weights:
+        with torch.device("meta"):
+            return _create(model, kwargs, pretrained=False).eval()
+    if checkpoint is not None:
+        if pretrained:
+            raise ArgumentError("--pretrained and --checkpoint exclude each other")
+        return _load_checkpoint(_create(model, kwargs, pretrained=False), Path(checkpoint), use_ema).eval()
+    if source is None and not pretrained and random_weights:
+        return _create(model, kwargs, pretrained=False).eval()
+    if source is None and not pretrained:
+        raise ArgumentError(f"{model}: which weights? Add --pretrained for timm's or --checkpoint FILE for yours")
+    trained = config.get("num_classes")
+    if num_classes and trained and num_classes != trained:
+        raise ArgumentError(
+            f"{model} was trained for {trained} classes; --num-classes {num_classes} would give it a random head"
+        )
+    loaded: Any = _create(model, kwargs, pretrained=True).eval()
+    if source is None and loaded.pretrained_cfg.get("hf_hub_id"):
+        loaded.pretrained_cfg["source"] = "hf-hub"  # as timm notes for hf-hub: names; the model card cites it
+    return loaded
+
+
+def _resolve(
+    model: str, num_classes: int | None, img_size: int | None, in_chans: int | None, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments for `timm.create_model`, the saved ones of a folder or a hub model among them."""
+    source, name = _parse(model)
+    if source == "local-dir" and not (Path(name) / "config.json").is_file():
+        what = "no config.json in it" if Path(name).is_dir() else "no such folder"
+        raise ArgumentError(f"{model}: {what}; local-dir: takes a folder with config.json and model.safetensors")
+    try:
+        kwargs = resolve_model_input_args(model, {"img_size": img_size, "in_chans": in_chans}, **model_kwargs)
+    except (KeyError, ValueError, TypeError) as error:  # a config.json that is no timm config
+        raise CheckpointError(f"{model}: cannot read its config: {type(error).__name__}: {_line(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{model}: cannot be reached: {_line(error)}") from error
+    except RuntimeError as error:
+        if source is not None:
+            raise CheckpointError(f"{model}: its config.json names no model of timm's: {_line(error)}") from error
+        raise ArgumentError(_unknown(name, error)) from error
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    return kwargs
+
+
+def _parse(model: str) -> tuple[str | None, str]:
+    try:
+        return parse_model_name(model)
+    except ValueError as error:
+        if Path(model).is_dir():
+            raise ArgumentError(f"{model} is a folder: write local-dir:{model}") from error
+        raise ArgumentError(_line(error)) from error
+
+
+def _unknown(name: str, error: Exception) -> str:
+    close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3)
+    hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() knows the names"
+    return f"{_line(error)}{hint}"
+
+
+def _create(model: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+    try:
+        return timm.create_model(**kwargs, pretrained=pretrained)
+    except (SafetensorError, EOFError) as error:
+        raise CheckpointError(f"{model}: its weights cannot be read ({_line(error)}): truncated download?") from error
+    except OSError as error:
+        raise CheckpointError(f"{model}: its weights cannot be reached: {_line(error)}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{model}: {_explain(error)}") from error
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
+        raise ModelRefusedError(f"{model}: timm cannot build it with these arguments: {_line(error)}") from error
+
+
+def _load_checkpoint(model: nn.Module, path: Path, use_ema: bool) -> nn.Module:
+    state = read_state_dict(path, use_ema)
+    expected = model.state_dict()
+    # The one mismatch a user can mend by a flag gets its own words.
+    classes = [
+        f"{name} has {state[name].shape[0]} rows in {path.name} and {tensor.shape[0]} in the model: pass "
+        f"--num-classes {state[name].shape[0]}"
+        for name, tensor in expected.items()
+        if name.startswith("head") and name.endswith("weight") and name in state and state[name].shape != tensor.shape
+    ]
+    if classes:
+        raise CheckpointError(f"{path}: wrong number of classes: {classes[0]}")
+    check_keys(str(path), expected, state)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def read_state_dict(path: Path, use_ema: bool = False) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weights file, unwrapped from ``state_dict`` or ``model`` nests. Runs no pickled code.
+
+    Raises:
+        ArgumentError: there is no such file.
+        CheckpointError: it cannot be read, or would need to run code.
+    """
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no such weights file")
+    try:
+        state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {_explain(error)}") from error
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
+        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}: {_line(error)})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
+        raise CheckpointError(f"{path}: holds no state dict of tensors")
+    if use_ema and not _has_ema(path):
+        raise CheckpointError(f"{path}: --use-ema, but it holds no EMA weights (state_dict_ema or model_ema)")
+    return state
+
+
+def _has_ema(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return False
+    with torch.serialization.safe_globals([argparse.Namespace]):  # as timm allows it
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    return any(checkpoint.get(key) is not None for key in ("state_dict_ema", "model_ema"))
+
+
+def check_keys(where: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` with one line that names what is missing, unexpected or of another shape."""
+    missing = [k for k in expected if k not in state]
+    unexpected = [k for k in state if k not in expected]
+    shapes = [
+        f"{k} {list(state[k].shape)} instead of {list(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for keys, what in parts if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: does not fit the model: {'; '.join(problems)}")
+
+
+def _explain(error: Exception) -> str:
+    text = str(error)
+    if "No suitable checkpoints" in text:
+        return "no weights in it: local-dir: takes a folder with config.json and model.safetensors"
+    if "weights_only" in text and "Unsupported globals" not in text and "GLOBAL" not in str(error.__cause__):
+        return f"cannot be read as weights ({_line(error.__cause__ or error)})"
+    if "weights_only" in text:
+        needs = text.partition("Unsupported globals: ")[2].partition(". No")[0]
+        return (
+            "blocked, because this pickle needs to run code to load"
+            f"{f' ({needs})' if needs else ''}. normswap loads with weights_only=True and never falls back: "
+            "save the plain state dict, best as safetensors"
+        )
+    if "Missing key" in text or "size mismatch" in text or "Unexpected key" in text:
+        return "its weights do not fit the model: " + " ".join(text.split("\n", 1)[-1].split())[:300]
+    if "PytorchStreamReader" in text or "unexpected EOF" in text:
+        return f"its weights cannot be read ({_line(error)}): truncated file?"
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

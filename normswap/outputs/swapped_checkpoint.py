@@ -1,0 +1,164 @@
+"""A checkpoint with BatchNorm still in it: swapped.safetensors with the plan beside it, to train on and fold later.
+
+Neither file has the name of a finished model's, and `pipeline.open_model` refuses the folder by name.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..atomic import new_folder
+from ..errors import ArgumentError, CheckpointError
+from ..inputs.checkpoint import check_keys
+from ..layers import TokenBatchNorm
+from ..model_utils import resolve_input_size
+from ..planning.foldability import KEEP
+from ..planning.options import FfnBn
+from ..planning.plan import Plan, make_plan
+from ..records.budget import SiteCost, Trade, Trial
+from ..records.report import ConversionReport, Finetuning, LayerFit, SiteFit, StageMetrics, StreamError
+from ..records.worst_images import Answer, WorstImage
+from ..surgery.swap import swap_norms
+from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_weights
+
+SWAPPED_WEIGHTS, SWAPPED_RECORD = "swapped.safetensors", "swapped.json"
+_FORMAT = 1
+
+
+@dataclass
+class Swapped:
+    """A swapped model and what is known about it.
+
+    Attributes:
+        model: with BatchNorm in, in eval mode.
+        original: the architecture it was made from, on the meta device: shapes and names, no weights.
+        plan: what was decided for each LayerNorm.
+        report: the numbers of the conversion so far.
+    """
+
+    model: nn.Module
+    original: nn.Module
+    plan: Plan
+    report: ConversionReport
+
+
+def save_swapped(
+    out: str | Path,
+    model: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    report: ConversionReport,
+    overwrite: bool = False,
+    protect: Iterable[Path] = (),
+    command: list[str] | None = None,
+    data_config: dict[str, Any] | None = None,
+) -> None:
+    """Write a swapped model as a folder from which `load_swapped` brings it back, all or nothing.
+
+    Args:
+        out: the folder; its parents are made.
+        model: from `swap_norms` with ``plan`` and ``report.ffn_bn``, calibrated or fine-tuned.
+        original: what it was made from, for its shapes and names only.
+        plan, report: go into the record.
+        overwrite, protect, command, data_config: see `normswap.outputs.save.save_folder`.
+
+    Raises:
+        ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
+    """
+    check_saveable(model)
+    norms = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
+    record = {
+        "format": _FORMAT,
+        "keep": [site.path for site in plan.sites if site.verdict == KEEP],
+        "input_size": list(plan.input_size),
+        "verdicts": _verdicts(plan),
+        "eps": norms,
+        "edits": describe_edits(original, model) | {"identity": [], "affine": {}, "keep": {}},
+        "command": command,
+        "report": report.to_json(),
+    }
+    with new_folder(Path(out), overwrite, protect) as folder:
+        write_config(folder / CONFIG, model, {}, data_config)
+        write_weights(folder / SWAPPED_WEIGHTS, model)
+        shutil.copymode(folder / CONFIG, folder / SWAPPED_WEIGHTS)
+        (folder / SWAPPED_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def load_swapped(path: str | Path) -> Swapped:
+    """Return the model in a folder that `save_swapped` wrote, in eval mode on the CPU.
+
+    Raises:
+        ArgumentError: it is no such folder.
+        CheckpointError: its files do not fit each other or cannot be read.
+    """
+    path = Path(path)
+    if not (path / SWAPPED_RECORD).is_file():
+        hint = "; it is fused already" if (path / "normswap.json").is_file() else ""
+        raise ArgumentError(f"{path}: no {SWAPPED_RECORD} in it, so there is no swapped checkpoint{hint}")
+    try:
+        record = json.loads((path / SWAPPED_RECORD).read_text())
+        if record["format"] != _FORMAT:
+            problem = f"format {record['format']}; this normswap reads format {_FORMAT}"
+            raise CheckpointError(f"{path / SWAPPED_RECORD}: {problem}")
+        report = _report(record["report"])
+        original = timm.create_model(f"local-dir:{path}", pretrained=False).eval()
+        size = tuple(record["input_size"])
+        plan = make_plan(original, record["keep"], input_size=resolve_input_size(original, size))
+        if _verdicts(plan) != record["verdicts"]:
+            raise CheckpointError(f"{path}: this version of normswap plans this architecture otherwise: convert again")
+        ffn_bn: FfnBn = report.ffn_bn  # type: ignore[assignment]
+        model = swap_norms(original, plan, ffn_bn)
+        apply_edits(model, record["edits"])
+        for name, eps in record["eps"].items():
+            model.get_submodule(name).eps = eps
+        state = load_file(path / SWAPPED_WEIGHTS)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        problem = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path}: cannot be rebuilt from its files ({problem}): truncated?") from error
+    check_keys(str(path / SWAPPED_WEIGHTS), model.state_dict(), state)
+    model.load_state_dict(state, strict=True)
+    return Swapped(model.eval(), original.to("meta"), plan, report)
+
+
+def is_swapped(model: str) -> bool:
+    """Return whether ``model`` names a folder with a swapped checkpoint."""
+    return (Path(model.removeprefix("local-dir:")) / SWAPPED_RECORD).is_file()
+
+
+_WITH_EPS = (nn.LayerNorm, TokenBatchNorm)
+
+
+def _verdicts(plan: Plan) -> list[list[str]]:
+    return [[site.path, site.verdict] for site in plan.sites]
+
+
+def _report(record: dict[str, Any]) -> ConversionReport:
+    """Return a report from its JSON; what `ConversionReport.to_json` adds to the fields is left out."""
+    known = {field.name for field in fields(ConversionReport)}
+    found = ConversionReport(**{key: value for key, value in record.items() if key in known})
+    kinds: dict[str, Any] = {"fits": SiteFit, "layers": LayerFit, "stream": StreamError, "stages": StageMetrics}
+    for key, kind in kinds.items():
+        setattr(found, key, [kind(**row) for row in record[key]])
+    found.worst = [_worst(row) for row in record["worst"]]
+    if record["budget"] is not None:
+        lists = {"trials": Trial, "costs": SiteCost}
+        rows = {key: [kind(**row) for row in record["budget"][key]] for key, kind in lists.items()}
+        found.budget = Trade(**record["budget"] | rows)
+    if record["finetuning"] is not None:
+        found.finetuning = Finetuning(**record["finetuning"])
+    return found
+
+
+def _worst(row: dict[str, Any]) -> WorstImage:
+    answers = {side: [Answer(**answer) for answer in row[side]] for side in ("original", "converted")}
+    return WorstImage(**row | answers)

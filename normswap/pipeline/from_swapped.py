@@ -1,0 +1,152 @@
+"""Go on from a swapped checkpoint: fine-tune it some more, or fold it into a finished model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckFailedError
+from ..evaluation.evaluate import evaluate_models
+from ..evaluation.worst_images import DEFAULT_COUNT, WorstImages
+from ..finetuning.finetune import finetune
+from ..finetuning.options import FinetuneOptions
+from ..inputs.batches import BATCH_SIZE, rebatched
+from ..inputs.dataset import ImageSet
+from ..outputs.save import describe_edits
+from ..outputs.swapped_checkpoint import Swapped
+from ..progress import Progress, no_progress
+from ..records.provenance import versions
+from ..records.report import ConversionReport, StageMetrics
+from ..search.budget import Budget
+from ..surgery.fold import created_biases, fold_norms, max_difference
+from .checks import DEFAULT_ATOL, fold_problem, pictured
+from .conversion import Conversion
+
+# Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
+_RANDOM_IMAGES = 8
+# Of a split at most so many are held to check the fold on; accuracy is measured on all.
+_FOLD_IMAGES = 1024
+
+
+def finetune_swapped(
+    swapped: Swapped,
+    original: nn.Module,
+    images: Iterable[Any],
+    options: FinetuneOptions | None = None,
+    *,
+    held_out: Iterable[Any] | None = None,
+    eval_images: Iterable[Any] | None = None,
+    state: str | Path | None = None,
+    resume: bool = False,
+    amp_dtype: torch.dtype | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Fine-tune a swapped checkpoint, in place, and bring its report up to date.
+
+    Args:
+        swapped: from `normswap.load_swapped`.
+        original: the model it came from, with weights: the teacher.
+        images: what to train on, see `normswap.finetune`.
+        options, held_out, state, resume: see `normswap.finetune`.
+        eval_images: what original, start and result are compared on; default: ``images``.
+        amp_dtype: autocast to it in the evaluation.
+        progress: called with (what, done, total).
+
+    Raises:
+        ArgumentError, CheckpointError, OutputError, CalibrationError, MissingExtraError: see `normswap.finetune`.
+    """
+    items = list(images) if eval_images is None else images
+    evaluation = items if eval_images is None else eval_images
+    start = "finetuned before" if swapped.report.finetuning is not None else "calibrated"
+    answers: dict[int, torch.Tensor] = {}  # of the original, which need not run twice
+    first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress, answers=answers)
+    found = finetune(
+        swapped.model, items, original, options, held_out=held_out, state=state, resume=resume, progress=progress
+    )
+    models = {"original": original, "finetuned": swapped.model}
+    last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
+    _judge(swapped.report, last)
+    report = swapped.report
+    report.worst = []  # of the model before
+    report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
+    report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
+    report.evaluation_data = evaluation.description if isinstance(evaluation, ImageSet) else f"{last[-1].n} images"
+
+
+def fuse(
+    swapped: Swapped,
+    images: Iterable[Any] | None = None,
+    *,
+    original: nn.Module | None = None,
+    atol: float = DEFAULT_ATOL,
+    amp_dtype: torch.dtype | None = None,
+    worst_images: int = DEFAULT_COUNT,
+    progress: Progress = no_progress,
+) -> Conversion:
+    """Fold a swapped checkpoint; what comes back saves itself as `normswap.convert`'s result does.
+
+    Args:
+        swapped: from `normswap.load_swapped`; its model stays as it is.
+        images: what the models are compared on; without any, fused and unfused are compared on random images, and the
+            accuracies in the report stay those of the swapped checkpoint.
+        original: the model it came from, with weights, to measure the fused one against.
+        atol: largest absolute difference of an output that the fold may cause.
+        amp_dtype: autocast to it in the evaluation.
+        worst_images: how many of the images that changed most go into the report.
+        progress: called with (what, done, total).
+
+    Raises:
+        FoldError: folded weights are not finite.
+        CheckFailedError: fused and unfused differ by more than ``atol``.
+    """
+    model, report, size = swapped.model, swapped.report, swapped.plan.input_size
+    weight = next(model.parameters())
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        batches = [torch.randn(_RANDOM_IMAGES, *size, generator=generator).to(weight)]
+    else:
+        images = images if isinstance(images, ImageSet) else list(images)
+        some = images.draw(_FOLD_IMAGES, 0) if isinstance(images, ImageSet) else images
+        batches = [batch.to(weight) for batch in rebatched(some, BATCH_SIZE)]
+    fused = fold_norms(model, input_size=size)
+    thumbnails: list[str] = []
+    report.fold_max_abs_err = max_difference(model, fused, batches)
+    report.created_biases, report.versions = created_biases(swapped.original, fused), versions()
+    if images is not None:
+        before = {} if original is None else {"original": original}
+        worst = WorstImages(0 if original is None else worst_images)
+        report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress, worst)
+        if original is not None:
+            _judge(report, report.stages)
+        report.worst, thumbnails = pictured(worst, images, fused)
+        count = report.stages[-1].n
+        report.evaluation_data = images.description if isinstance(images, ImageSet) else f"{count} images"
+    if not report.fold_max_abs_err <= atol:
+        problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, atol)
+        error = CheckFailedError(f"{problem}: not saved")
+        error.report = report
+        raise error
+    edits = describe_edits(swapped.original, fused)
+    return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original, thumbnails)
+
+
+def _judge(report: ConversionReport, stages: list[StageMetrics]) -> None:
+    """Say whether the model as it is now holds the budget that the conversion was given, if there was one."""
+    trade = report.budget
+    if trade is not None:
+        budget = Budget(trade.max_drop, trade.min_agreement)
+        trade.met = budget.missing(stages[-1]) is None and budget.problem(stages[0], stages[-1]) is None
+
+
+def _evaluate(
+    models: dict[str, nn.Module],
+    images: Iterable[Any],
+    amp_dtype: torch.dtype | None,
+    progress: Progress,
+    worst: WorstImages | None = None,
+    answers: dict[int, torch.Tensor] | None = None,
+) -> list[StageMetrics]:
+    total = len(images) if isinstance(images, ImageSet) else 0
+    return evaluate_models(models, images, amp_dtype, progress, total, worst, answers)

@@ -1,0 +1,170 @@
+"""The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from ..records.report import ConversionReport, Finetuning, StageMetrics
+from ..tables import number
+from .budget_tables import BUDGET_COLUMNS, budget_line, budget_rows, budget_title
+from .conversion_tables import (
+    STREAM_COLUMNS,
+    STREAM_TITLE,
+    WORST_COLUMNS,
+    WORST_TITLE,
+    fit_line,
+    kept_layers,
+    stream_rows,
+    worst_rows,
+)
+
+_STOCK = """Plain timm loads it; normswap is not needed:
+
+```python
+import timm, torch
+
+model = timm.create_model("local-dir:PATH", pretrained=True, norm_layer=torch.nn.Identity)
+```
+"""
+
+_OWN = """Plain timm cannot build it ({reason}); normswap can:
+
+```python
+import normswap
+
+model = normswap.load("PATH")
+```
+"""
+
+
+# timm's licences that the Hub knows by name, and the usual ones; any other is "other" there, with its name beside it.
+_HUB_LICENSES = set(
+    "apache-2.0 mit bsd-2-clause bsd-3-clause cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gpl-3.0 "
+    "apple-ascl apple-amlr gemma fair-noncommercial-research-license openrail unknown other".split()
+)
+
+
+def metadata(config: Mapping[str, Any]) -> ModelCardData:
+    """Return what the Hub reads at the head of a model card.
+
+    Args:
+        config: timm's ``pretrained_cfg`` of the original. It tells the licence, which a conversion does not change,
+            and where the weights came from, if that is on the Hub.
+    """
+    name = config.get("license")
+    known = name is None or name in _HUB_LICENSES
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "normswap"],
+        license=name if known else "other",
+        license_name=None if known else name,
+        base_model=config.get("hf_hub_id") if config.get("source") == "hf-hub" else None,
+    )
+
+
+def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool = False) -> str:
+    """Return the text of README.md.
+
+    Args:
+        report: what was measured.
+        config: as in `metadata`.
+        page: whether report.html lies beside it.
+    """
+    sites = report.sites
+    verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
+    fit = fit_line(report.fits)
+    load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
+    lines = [
+        "---",
+        metadata(config).to_yaml(),
+        "---",
+        "",
+        f"# {report.architecture} {'with fewer LayerNorms' if report.stayed else 'without LayerNorm'}",
+        "",
+        f"normswap {report.versions['normswap']} replaced LayerNorm by BatchNorm and folded it into the neighbouring",
+        f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
+        "",
+        f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
+        *([f"- {_trained(report.finetuning)}"] if report.finetuning is not None else []),
+        *([f"- {fit}"] if fit else []),
+        *(f"- LayerNorm stays at `{site}`: {reason}" for site, reason in report.stayed.items()),
+        *(f"- {line}" for line in kept_layers(report.layers)),
+        f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
+        f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
+        f"- measured on {report.evaluation_data}",
+        "",
+        *_stage_rows(report.stages),
+        "",
+        *_budget(report),
+        *_where_it_was_lost(report),
+        *_worst_images(report),
+        "## Loading",
+        "",
+        load,
+        "normswap.json holds the plan, the numbers and the versions in full"
+        + ("; report.html shows them with pictures." if page else "."),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _short(model: str) -> str:
+    source, separator, path = model.rpartition("local-dir:")
+    return f"local-dir:{path.rstrip('/').rpartition('/')[2]}" if separator and not source else model
+
+
+def _stage_rows(stages: list[StageMetrics]) -> list[str]:
+    rows = [
+        "| stage | top-1 % | top-5 % | same answer as the original % | KL | non-finite |",
+        "|---|---|---|---|---|---|",
+    ]
+    for s in stages:
+        cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _trained(finetuning: Finetuning) -> str:
+    labels = "without labels" if float(finetuning.options.get("labels", "0")) == 0 else "with labels"
+    return f"fine-tuned on {finetuning.images} images, {labels}: {finetuning.line()}"
+
+
+def _budget(report: ConversionReport) -> list[str]:
+    if report.budget is None:
+        return []
+    title, line = budget_title(report.budget), budget_line(report.budget)
+    rows = [f"| {' | '.join(cells)} |" for cells in budget_rows(report.budget)]
+    header = f"| {' | '.join(BUDGET_COLUMNS)} |"
+    text = "Which LayerNorms stay was chosen on the images that the table is measured on, which flatters it a little."
+    return ["## Accuracy budget", "", f"{title}: {line}.", "", header, f"|{'---:|' * 8}---|", *rows, "", text, ""]
+
+
+def _cost(report: ConversionReport) -> str:
+    passes = report.calibration_passes
+    return "" if passes is None else f"; it took as long as {passes:.1f} forward passes over them"
+
+
+def _where_it_was_lost(report: ConversionReport) -> list[str]:
+    if not report.stream:
+        return []
+    rows = [f"| {' | '.join(cells)} |" for cells in stream_rows(report.stream)]
+    title = f"{STREAM_TITLE[0].upper()}{STREAM_TITLE[1:]}, before and after the layer named was re-solved"
+    header = f"| {' | '.join(STREAM_COLUMNS)} |"
+    return ["## Where it was lost", "", f"{title}:", "", header, f"|---|{'---:|' * 4}---|", *rows, ""]
+
+
+def _worst_images(report: ConversionReport) -> list[str]:
+    if not report.worst:
+        return []
+    rows = [f"| {' | '.join(_cell(cell) for cell in cells)} |" for cells in worst_rows(report.worst, 3)]
+    header = f"| {' | '.join(WORST_COLUMNS)} |"
+    title = f"## {WORST_TITLE[0].upper()}{WORST_TITLE[1:]}"
+    return [title, "", header, f"|{'---|' * (len(WORST_COLUMNS) - 1)}---:|", *rows, ""]
+
+
+def _cell(text: str) -> str:
+    """Return text for a cell of a Markdown table: a file name may hold anything."""
+    return "".join(f"&#{ord(c)};" if c in "|`*_[]\\" else c for c in escape(text, quote=False))

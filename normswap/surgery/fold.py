@@ -1,0 +1,199 @@
+"""Fold every BatchNorm ``y = s * x + h`` into its neighbours: exact, in float64, checked, then assigned all at once.
+
+Where each one goes is read from the graph of the swapped model itself, by the same rules that made the plan, so a
+checkpoint that was fine-tuned or came from disk folds in the same way.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, FoldError
+from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
+from ..model_utils import example_batch, meta_copy, resolve_input_size, tied_names
+from ..planning.foldability import KEEP, Target, Verdict
+from ..planning.graph import ModelGraph
+from ..planning.plan import judge_norms
+from .swap import batch_norms
+
+
+def fold_input(
+    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, groups: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold ``s * x + h`` into the layer that reads it: ``W' = W * s`` (columns), ``b' = b + W @ h``.
+
+    Args:
+        weight: `[O, K]`, or `[O, K / groups, kh, kw]` of an unpadded convolution.
+        bias: `[O]`.
+        scale: `[K]`, one per input feature.
+        shift: `[K]`.
+        groups: of the convolution.
+    """
+    per_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # [G, O/G, K/G, kh*kw]
+    s, h = (v.reshape(groups, 1, -1, 1) for v in (scale, shift))  # [K] -> [G, 1, K/G, 1]
+    return (per_group * s).reshape(weight.shape), bias + (per_group * h).sum((2, 3)).reshape(-1)
+
+
+def fold_output(
+    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold ``s * x + h`` into the layer that makes x: ``W' = s[:, None] * W`` (rows), ``b' = s * b + h``.
+
+    Args:
+        weight: `[O, ...]`.
+        bias: `[O]`.
+        scale: `[O]`, one per output feature.
+        shift: `[O]`.
+    """
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), scale * bias + shift  # [O] -> [O, 1, ...]
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, int, int] | None = None) -> nn.Module:
+    """Return the model with every BatchNorm folded away; a second call changes nothing.
+
+    A BatchNorm that no neighbour can take becomes a `TokenAffine`. A layer without bias gets one where the fold
+    needs it. dtype, device, ``requires_grad`` and training flags stay.
+
+    Args:
+        model: from `swap_norms`, calibrated or fine-tuned, in eval mode.
+        inplace: change ``model`` itself instead of a deep copy. Nothing is changed if the fold fails.
+        input_size: (channels, height, width); default: the model's own.
+
+    Raises:
+        ArgumentError: the model is in training mode, where a BatchNorm is no affine map.
+        FoldError: a folded weight would not be finite in the model's dtype, or a weight is shared.
+    """
+    norms = batch_norms(model)
+    if any(norm.training for norm in norms.values()):
+        raise ArgumentError("fold in eval mode only: call model.eval() first")
+    if not inplace:
+        model = copy.deepcopy(model)
+    if not norms:
+        return model
+    norms = batch_norms(model)
+    shadow = meta_copy(model).eval()
+    example = example_batch(shadow, resolve_input_size(model, input_size))
+    graph = ModelGraph(shadow, example, tied_names(model))
+    verdicts = judge_norms(graph, list(norms))
+    ledger = _Ledger(model, norms)
+    for path, verdict in verdicts.items():  # in the order they run: a norm may take on what comes before it
+        ledger.post(path, verdict)
+    ledger.commit()
+    for path, norm in norms.items():
+        model.set_submodule(path, _remainder(norm, verdicts[path], *ledger.affines[path]))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, NormedLinear | NormedConv2d) and isinstance(module.norm, nn.Identity):
+            model.set_submodule(path, detach_norm(module))
+    return model
+
+
+def created_biases(before: nn.Module, after: nn.Module) -> list[str]:
+    """Return the names of the biases that a fold added."""
+    had = {name for name, _ in before.named_parameters()}
+    fresh = [name for name, _ in after.named_parameters() if name.endswith(".bias") and name not in had]
+    return [name for name in fresh if not isinstance(after.get_submodule(name.rpartition(".")[0]), TokenAffine)]
+
+
+def _remainder(norm: TokenBatchNorm, verdict: Verdict, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
+    if verdict.targets:
+        return nn.Identity().train(norm.training)
+    affine = TokenAffine(norm.num_features, norm.channel_dim, norm.weight.device, norm.weight.dtype)
+    affine.weight.copy_(scale)
+    affine.bias.copy_(shift)
+    affine.requires_grad_(norm.weight.requires_grad)
+    return affine.train(norm.training)
+
+
+class _Ledger:
+    """Float64 copies of every tensor a fold touches; they are assigned together, or not at all."""
+
+    def __init__(self, model: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
+        self.model = model
+        self.affines = {path: norm.affine64() for path, norm in norms.items()}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.fresh: set[str] = set()
+
+    def post(self, path: str, verdict: Verdict) -> None:
+        """Fold one BatchNorm into the copies, or into the BatchNorm that reads it."""
+        if verdict.verdict == KEEP:
+            raise FoldError(f"{path}: {verdict.reason}; it cannot be folded")
+        scale, shift = self.affines[path]
+        if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+            raise FoldError(f"{path}: its scale or shift is not finite; calibrate first")
+        for target in verdict.targets:
+            self._fold(target, scale, shift)
+
+    def _fold(self, target: Target, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        channels = torch.tensor(target.channels, device=scale.device)
+        taken = channels >= 0
+        s = torch.where(taken, scale[channels], 1.0)
+        h = torch.where(taken & target.shift, shift[channels], 0.0)
+        if target.side == "norm":
+            outer, offset = self.affines[target.name]
+            self.affines[target.name] = outer * s, outer * h + offset
+            return
+        if target.side == "value":
+            self.tensors[target.name] = self._copy(target.name) * s + h
+            return
+        weight = self._copy(target.weight)
+        # Rows whose shift cancels have no bias to speak of.
+        parts = [self._copy(b.name, b.features) if b.name else scale.new_zeros(b.features) for b in target.biases]
+        bias = torch.cat(parts) if parts else scale.new_zeros(len(weight))
+        if target.side == "input":
+            weight, bias = fold_input(weight, bias, s, h, target.groups)
+        else:
+            weight, bias = fold_output(weight, bias, s, h)
+        self.tensors[target.weight] = weight
+        if target.creates_bias:
+            self.fresh.update(b.name for b in target.biases)
+        for b, rows in zip(target.biases, bias.split([b.features for b in target.biases]), strict=True):
+            # One that another fold makes is scaled here as well.
+            if b.name and (b.name in self.fresh or _attribute(self.model, b.name) is not None):
+                self.tensors[b.name] = rows
+
+    def _copy(self, name: str, features: int = 0) -> torch.Tensor:
+        if name in self.tensors:
+            return self.tensors[name]
+        tensor = _attribute(self.model, name)
+        if tensor is None:  # a bias that is to be made
+            return torch.zeros(features, dtype=torch.float64, device=next(iter(self.affines.values()))[0].device)
+        return tensor.detach().double()
+
+    def commit(self) -> None:
+        """Check every result in the dtype it will have, then assign them all."""
+        ready = {}
+        for name, tensor in self.tensors.items():
+            path, _, attribute = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            like: torch.Tensor = owner.weight if name in self.fresh else getattr(owner, attribute)  # type: ignore
+            ready[name] = (owner, attribute, tensor.to(like), like)
+            if not torch.isfinite(ready[name][2]).all():
+                raise FoldError(f"{name}: not finite in {like.dtype} after the fold; nothing was changed")
+        for name, (owner, attribute, tensor, like) in ready.items():
+            if name in self.fresh:
+                owner.register_parameter(attribute, nn.Parameter(tensor, requires_grad=like.requires_grad))
+            else:
+                getattr(owner, attribute).copy_(tensor)
+                # A buffer outside the state dict would be lost in the file.
+                owner._non_persistent_buffers_set.discard(attribute)
+
+
+def _attribute(model: nn.Module, name: str) -> torch.Tensor | None:
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute)
+
+
+def max_difference(a: nn.Module, b: nn.Module, batches: Iterable[torch.Tensor]) -> float:
+    """Return the largest absolute difference of the two models' outputs over image batches `[B, C, H, W]`.
+
+    A NaN in either counts as infinite.
+    """
+    worst = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            difference = (a(batch).double() - b(batch).double()).abs().max()
+            worst = max(worst, float("inf") if torch.isnan(difference) else float(difference))
+    return worst

@@ -1,0 +1,158 @@
+"""Output folder and back: every kind of conversion loads again, to the bit, and says who can load it."""
+
+import json
+import os
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import normswap
+from normswap import ArgumentError, CheckFailedError, CheckpointError, convert, load
+from normswap.outputs.save import stock_arguments
+
+from ..models import FAMILY, family, images
+
+_ALL = [name for name in FAMILY if FAMILY[name][0] != "test_vit"]
+# timm cannot be told of these in JSON, or has nowhere to put what is left.
+_NOT_STOCK = {"headless": "scale and shift", "max_pool_final_norm": "scale and shift"}
+# Built with a class as an argument, which JSON cannot hold.
+_NOT_SAVED = ("swiglu", "glu")
+
+
+@pytest.mark.parametrize("name", [n for n in _ALL if n not in _NOT_SAVED])
+def test_round_trip(tmp_path, name):
+    model = family(name)
+    result = convert(model, [images(model, 6)])
+    result.save(tmp_path / "out")
+    x = images(model, 3, seed=9)
+    with torch.no_grad():
+        expected = result.model(x)
+        assert torch.equal(load(tmp_path / "out")(x), expected)
+        if name in _NOT_STOCK:
+            assert _NOT_STOCK[name] in result.report.stock_timm
+            return
+        assert result.report.stock_timm is None
+        stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+        assert torch.equal(stock(x), expected)
+    assert not torch.allclose(expected, model(x))
+
+
+def test_files(tmp_path):
+    model = family("no_qkv_bias")
+    result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))])
+    out = tmp_path / "deep" / "out"
+    result.save(out, command=["normswap", "convert"])
+    files = ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == files
+    config = json.loads((out / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    assert config["model_args"]["qkv_bias"] is True
+    assert "norm_layer" not in config["model_args"]
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    record = json.loads((out / "normswap.json").read_text())
+    assert record["command"] == ["normswap", "convert"]
+    assert record["report"]["sites"]["total"] == 5
+    assert record["report"]["created_biases"] == ["blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias"]
+    assert record["edits"]["biases"] == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(result.model.state_dict())
+    card = (out / "README.md").read_text()
+    assert "norm_layer=torch.nn.Identity" in card
+    assert "| fused |" in card
+    modes = {oct(os.stat(path).st_mode & 0o777) for path in out.iterdir()}
+    assert len(modes) == 1
+
+
+def test_partial_conversion_loads_with_normswap(tmp_path):
+    model = family("vit")
+    model.blocks[0].norm1.eps = 0.25
+    result = convert(model, [images(model, 6)], keep=["blocks.0.*"])
+    result.save(tmp_path / "out")
+    assert "still a LayerNorm" in result.report.stock_timm
+    assert "normswap.load" in (tmp_path / "out" / "README.md").read_text()
+    loaded = load(tmp_path / "out")
+    assert loaded.blocks[0].norm1.eps == 0.25
+    x = images(model, 3)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), result.model(x))
+
+
+def test_other_architectures_round_trip(tmp_path):
+    model = timm.create_model("convnext_atto", num_classes=5).eval()
+    result = convert(model, [torch.randn(4, 3, 64, 64)])
+    result.save(tmp_path / "out")
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "out")(x), result.model(x))
+
+
+def test_arguments_that_json_cannot_hold_are_named(tmp_path):
+    model = family("swiglu")
+    with pytest.raises(ArgumentError, match="mlp_layer"):
+        convert(model, [images(model, 6)]).save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_norm_layer_class_does_not_hinder(tmp_path):
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=1, norm_layer=nn.LayerNorm
+    ).eval()
+    result = convert(model, [images(model, 4)])
+    result.save(tmp_path / "out")
+    assert result.report.stock_timm is None
+
+
+def test_what_is_no_output_folder(tmp_path):
+    with pytest.raises(ArgumentError, match=r"no normswap\.json"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing key", "format", "config"])
+def test_a_damaged_folder_is_refused(tmp_path, damage):
+    model = family("vit")
+    convert(model, [images(model, 4)]).save(tmp_path / "out")
+    weights, record, config = (tmp_path / "out" / n for n in ("model.safetensors", "normswap.json", "config.json"))
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "missing key":
+        record.write_text(record.read_text().replace('"blocks.0.norm1",', "", 1))
+    elif damage == "format":
+        record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
+    else:
+        config.write_text("{")
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "out")
+
+
+def test_a_folder_that_answers_differently_never_appears(tmp_path):
+    model = family("vit")
+    result = convert(model, [images(model, 4)])
+    result.save(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+
+    class Restless(type(result.model)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.rand(1)
+
+    result.model.__class__ = Restless
+    with pytest.raises(CheckFailedError, match="differ"):
+        result.save(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_models_from_elsewhere_cannot_be_saved(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    plan = normswap.make_plan(model, input_size=(3, 4, 4))
+    result = convert(model, [torch.randn(8, 3, 4, 4)], plan=plan)
+    assert [type(m) for m in result.model] == [nn.Flatten, nn.Linear, nn.Identity, nn.Linear]
+    with pytest.raises(ArgumentError, match="does not come from timm"):
+        result.save(tmp_path / "out")
+
+
+def test_stock_arguments_say_why_not():
+    assert stock_arguments(family("vit"))[1] == "blocks.0.norm1 is still a LayerNorm"
