@@ -18,7 +18,7 @@ import torch
 import normswap
 from normswap.inputs.dataset import load_splits
 from normswap.planning.plan import keep_more, model_name
-from normswap.records.budget import SiteCost, Trade, Trial
+from normswap.records.budget import BudgetRecord, SiteCost, Trial
 from normswap.records.report import versions
 from normswap.reporting.budget_tables import budget_line, budget_rows
 from normswap.search.budget import COLUMNS
@@ -64,7 +64,7 @@ def rankings(model, calibration, validation, method, arguments) -> dict:
 
     def converted(kept):
         swapped = normswap.swap_norms(model, keep_more(model, plan, kept, "kept"))
-        return swapped, normswap.calibrate(swapped, batches, model, method)
+        return swapped, normswap.calibrate(swapped, batches, model, options=normswap.CalibrationOptions(method=method))
 
     swapped, fitted = converted([])
     first, all_swapped = normswap.evaluate_models({"original": model, "all": swapped}, labelled)
@@ -103,9 +103,15 @@ def show_rankings(method: str, record: dict) -> None:
 
 def measure(model, calibration, validation, method, arguments) -> dict:
     """Return the record of one search."""
-    limits = {"max_drop": arguments.max_drop, "max_evaluations": arguments.max_evaluations}
+    budget = normswap.AccuracyBudget(max_drop=arguments.max_drop, max_evaluations=arguments.max_evaluations)
     try:
-        report = normswap.convert(model, calibration, method, eval_images=validation, **limits).report
+        report = normswap.convert(
+            model,
+            calibration,
+            eval_images=validation,
+            calibration=normswap.CalibrationOptions(method=method),
+            budget=budget,
+        ).report
     except normswap.CheckFailedError as error:
         if error.report is None:
             raise
@@ -118,7 +124,7 @@ def measure(model, calibration, validation, method, arguments) -> dict:
 
 def show(method: str, record: dict) -> None:
     """Print one method's table as Markdown."""
-    trade = Trade(**record["budget"])
+    trade = BudgetRecord(**record["budget"])
     trade.costs = [SiteCost(**cost) for cost in record["budget"]["costs"]]
     trade.trials = [Trial(**trial) for trial in record["budget"]["trials"]]
     print(f"\n`{method}`: {budget_line(trade)}\n")

@@ -56,7 +56,9 @@ def measure(model: torch.nn.Module, recorded: Recorded, images: torch.Tensor, ev
     swapped = normswap.swap_norms(model)
     before = plain_pass(model, images)
     start = time.perf_counter()
-    normswap.calibrate(swapped, images.split(BATCH_SIZE), original=model, **options)
+    normswap.calibrate(
+        swapped, images.split(BATCH_SIZE), original=model, options=normswap.CalibrationOptions(**options)
+    )
     seconds = time.perf_counter() - start
     passes = sorted([before, plain_pass(model, images)])
     fused = normswap.fold_norms(swapped.eval())

@@ -48,7 +48,7 @@ def main(model: str, images: int, threads: int, memory_budget: float | None) -> 
     passes, before = [plain_pass()], peak_gib()
     start = time.perf_counter()
     budget = None if memory_budget is None else int(memory_budget * 2**30)
-    normswap.calibrate(swapped, batches, original=original, memory_budget=budget)
+    normswap.calibrate(swapped, batches, original=original, options=normswap.CalibrationOptions(memory_budget=budget))
     seconds = time.perf_counter() - start
     peak = peak_gib()
     passes.append(plain_pass())

@@ -166,7 +166,7 @@ def _convert(result: Result) -> None:
         raise ArithmeticError("without its norms the model answers the same, so the check of the fold sees nothing")
     del swapped, fused
 
-    done = normswap.convert(model, [images], plan=plan, atol=float("inf"))
+    done = normswap.convert(model, [images], plan=plan, evaluation=normswap.EvaluationOptions(atol=float("inf")))
     with torch.no_grad():
         scale = float(done.model(images).abs().max())
     result.calibrated = (done.report.fold_max_abs_err or 0.0) / scale

@@ -53,7 +53,12 @@ def start_of(original: torch.nn.Module, images: ImageSet, evaluation: list, row:
     batches = [batch for batch, _ in train]
     if calibrate is not None:
         batches = [torch.cat(batches)[:calibrate]]
-    normswap.calibrate(swapped, batches, original=original, method=row["start"], refine_steps=row["refine_steps"])
+    normswap.calibrate(
+        swapped,
+        batches,
+        original=original,
+        options=normswap.CalibrationOptions(method=row["start"], refine_steps=row["refine_steps"]),
+    )
     seconds = time.perf_counter() - begun
     click.echo(f"calibrated in {seconds:.0f} s", err=True)
     _, before = normswap.evaluate_models({"original": original, "before": swapped.eval()}, evaluation)

@@ -131,7 +131,6 @@ def run(console: Console, options: dict[str, Any]) -> None:
         train_labels=training is not None and training.labels > 0,
         **o.data(options),
     )
-    budget = {name: options[name] for name in ("max_drop", "min_agreement", "max_keep", "max_evaluations")}
     if options["save_best"] and options["max_drop"] is None and options["min_agreement"] is None:
         raise ArgumentError("--save-best goes with --max-drop or --min-agreement")
     if options["max_drop"] is not None and evaluation.num_classes is None:
@@ -165,24 +164,13 @@ def run(console: Console, options: dict[str, Any]) -> None:
             result = pipeline.convert(
                 model,
                 calibration,
-                options["method"],
-                options["ffn_bn"],
                 eval_images=evaluation,
                 plan=plan,
-                reconstruct=options["reconstruct"],
-                memory_budget=options["memory_budget"],
-                refine_steps=options["refine_steps"],
-                atol=options["atol"],
-                **budget,
-                amp_dtype=o.amp_dtype(options),
-                finetune_options=training,
-                finetune_images=train,
-                finetune_held_out=held_out,
-                finetune_state=options["finetune_state"],
-                resume=options["resume"],
-                control=options["control"],
-                worst_images=options["worst_images"],
-                name=options["model"],
+                ffn_bn=options["ffn_bn"],
+                calibration=o.calibration(options),
+                budget=o.budget(options),
+                finetune=o.finetune_stage(options, training, train, held_out),
+                evaluation=o.evaluation(options),
                 progress=progress,
             )
             if not is_first():
@@ -235,10 +223,10 @@ def _export(console: Console, options: dict[str, Any], out: Path, report: Any, t
 
 
 def _save(result: Any, options: dict[str, Any], sources: list[Path]) -> None:
-    settings = (options["overwrite"], sources, ["normswap", *sys.argv[1:]], o.preprocessing(options) or None)
-    result.save(options["output"], *settings, options["report"])
+    settings = o.saving(options, sources, o.preprocessing(options))
+    result.save(options["output"], settings)
     if options["save_swapped"] is not None:
-        result.save_swapped(options["save_swapped"], *settings)
+        result.save_swapped(options["save_swapped"], settings)
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:

@@ -1,6 +1,5 @@
 """``normswap finetune`` and ``normswap fuse``: go on from a swapped checkpoint."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +84,7 @@ def finetune(**options: Any) -> None:
         )
         if not is_first():
             return
-        command = ["normswap", *sys.argv[1:]]
-        sources = _sources(options)
-        kept = (swapped.model, swapped.original, swapped.plan, swapped.report)
-        save_swapped(out, *kept, options["overwrite"], sources, command, _preprocessing(options))
+        save_swapped(out, swapped, o.saving(options, _sources(options), _preprocessing(options)))
     report = swapped.report
     report.out = str(out)
     assert report.finetuning is not None  # set by finetune_swapped
@@ -132,12 +128,10 @@ def fuse(**options: Any) -> None:
                 swapped,
                 images,
                 original=original,
-                atol=options["atol"],
-                amp_dtype=o.amp_dtype(options),
+                evaluation=o.evaluation(options),
                 progress=progress,
             )
-            command = ["normswap", *sys.argv[1:]]
-            result.save(out, options["overwrite"], _sources(options), command, _preprocessing(options))
+            result.save(out, o.saving(options, _sources(options), _preprocessing(options)))
     except CheckFailedError as error:
         if error.report is not None:
             console.result(error.report.to_json())  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -307,6 +308,47 @@ def finetuning(options: dict[str, Any]) -> Any:
     )
     chosen.check()
     return chosen
+
+
+def calibration(options: dict[str, Any]) -> Any:
+    """Return the `normswap.CalibrationOptions` that were asked for."""
+    from normswap.calibration.options import CalibrationOptions
+
+    names = ("method", "reconstruct", "refine_steps", "memory_budget")
+    return CalibrationOptions(**{name: options[name] for name in names})
+
+
+def budget(options: dict[str, Any]) -> Any:
+    """Return the `normswap.AccuracyBudget` that was asked for."""
+    from normswap.search.budget import AccuracyBudget
+
+    names = ("max_drop", "min_agreement", "max_keep", "max_evaluations")
+    return AccuracyBudget(**{name: options[name] for name in names})
+
+
+def finetune_stage(options: dict[str, Any], training: Any, images: Any, held_out: Any) -> Any:
+    """Return the `normswap.FinetuneStage` that was asked for, None without fine-tuning."""
+    from normswap.pipeline.options import FinetuneStage
+
+    if training is None:
+        return None
+    return FinetuneStage(training, images, held_out, options["finetune_state"], options["resume"], options["control"])
+
+
+def evaluation(options: dict[str, Any]) -> Any:
+    """Return the `normswap.EvaluationOptions` that were asked for."""
+    from normswap.pipeline.options import EvaluationOptions
+
+    worst = {"worst_images": options["worst_images"]} if "worst_images" in options else {}
+    return EvaluationOptions(atol=options["atol"], amp_dtype=amp_dtype(options), name=options["model"], **worst)
+
+
+def saving(options: dict[str, Any], sources: list[Path], data_config: dict[str, Any] | None) -> Any:
+    """Return the `normswap.SaveOptions` that were asked for; the folder must hold none of ``sources``."""
+    from normswap.outputs.options import SaveOptions
+
+    command = ["normswap", *sys.argv[1:]]
+    return SaveOptions(options["overwrite"], sources, command, data_config or None, options.get("report"))
 
 
 def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> tuple[Any, Any, Any]:

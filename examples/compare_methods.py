@@ -11,9 +11,10 @@ import sys
 import torch
 
 import normswap
-from normswap.calibration.calibrate import METHODS
+from normswap.calibration.options import METHODS
 from normswap.demo import FOLDER, MODEL
 from normswap.inputs.dataset import load_splits
+from normswap.surgery.fold import max_difference
 
 
 def main(name: str, data_dir: str, samples: int) -> None:
@@ -25,9 +26,9 @@ def main(name: str, data_dir: str, samples: int) -> None:
     folds = {}
     for method in sorted(METHODS, reverse=True):
         swapped = normswap.swap_norms(model, plan)
-        normswap.calibrate(swapped, batches, original=model, method=method)
+        normswap.calibrate(swapped, batches, original=model, options=normswap.CalibrationOptions(method=method))
         fused = normswap.fold_norms(swapped)
-        folds[f"`{method}`"] = normswap.surgery.fold.max_difference(swapped, fused, batches)
+        folds[f"`{method}`"] = max_difference(swapped, fused, batches)
         models[f"`{method}`"] = fused
     print("| BatchNorm set by | top-1 % | top-5 % | same answer % | KL | worst KL | fold error |")
     print("|---|---|---|---|---|---|---|")

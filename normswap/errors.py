@@ -66,12 +66,16 @@ class NoLayerNormError(ModelRefusedError):
 class CheckFailedError(NormswapError, AssertionError):
     """A number normswap promised does not hold; nothing was saved.
 
-    Attributes:
-        report: the `ConversionReport` up to that point, or None.
+    Args:
+        text: one line.
+        report: the `ConversionReport` or `ExportReport` up to that point, or None.
         conversion: the best `Conversion` there was, if all that is wrong with it is its accuracy; else None. The
             caller may save it all the same.
     """
 
     exit_code = EXIT_CHECK_FAILED
-    report: object | None = None
-    conversion: object | None = None
+
+    def __init__(self, text: str, report: object | None = None, conversion: object | None = None) -> None:
+        super().__init__(text)
+        self.report = report
+        self.conversion = conversion

@@ -31,6 +31,10 @@ class TokenBatchNorm(nn.BatchNorm1d):
     running_mean: torch.Tensor
     running_var: torch.Tensor
 
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a value that the norm reads as one row per token, `[M, C]`."""
+        return x.movedim(self.channel_dim, -1).reshape(-1, self.num_features)  # [..., C] -> [M, C]
+
     def affine64(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scale and shift `[C]` of the eval-mode map in float64, detached."""
         mean, var, weight, bias = (

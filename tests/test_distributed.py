@@ -28,7 +28,9 @@ def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibrat
     torch.manual_seed(0)
     model = normswap.load_model(MODEL).double() if name == "demo" else family(name, torch.float64)
     swapped = normswap.swap_norms(model)
-    return swapped, normswap.calibrate(swapped, _images(name, model, count), original=model, method=method)
+    return swapped, normswap.calibrate(
+        swapped, _images(name, model, count), original=model, options=normswap.CalibrationOptions(method=method)
+    )
 
 
 def _images(name: str, model: nn.Module, count: int) -> list[torch.Tensor]:

@@ -41,7 +41,7 @@ def test_calibration_is_the_cpus(method):
     for device in ("cpu", DEVICE):
         model = copy.deepcopy(original).to(device)
         swapped = normswap.swap_norms(model)
-        normswap.calibrate(swapped, batches, original=model, method=method)
+        normswap.calibrate(swapped, batches, original=model, options=normswap.CalibrationOptions(method=method))
         fused[device] = normswap.fold_norms(swapped)
         assert {p.device.type for p in fused[device].parameters()} == {device}
     x = torch.cat([x for x, _ in tests])
@@ -56,7 +56,7 @@ def test_every_family_folds(name):
     model = family(name).to(DEVICE)
     x = images(model, 4).to(DEVICE)
     swapped = normswap.swap_norms(model)
-    normswap.calibrate(swapped, [x], original=model, method="channel")
+    normswap.calibrate(swapped, [x], original=model, options=normswap.CalibrationOptions(method="channel"))
     fused = normswap.fold_norms(swapped)
     with torch.no_grad():
         expected, found = swapped(x), fused(x)
@@ -96,7 +96,7 @@ def test_activations_leave_the_gpu_for_memory_and_memory_for_the_disk(monkeypatc
     def weights(budget: int | None) -> dict[str, torch.Tensor]:
         seen.clear()
         swapped = normswap.swap_norms(model)
-        normswap.calibrate(swapped, [x], original=model, memory_budget=budget)
+        normswap.calibrate(swapped, [x], original=model, options=normswap.CalibrationOptions(memory_budget=budget))
         return swapped.state_dict()
 
     everything = weights(None)
@@ -112,7 +112,7 @@ def test_fine_tuning_learns(extra, tmp_path):
     original = normswap.load_model(MODEL).to(DEVICE).eval()
     batches = list(normswap.load_images(original, FOLDER, "train").draw(160, 0))
     swapped = normswap.swap_norms(original)
-    normswap.calibrate(swapped, batches, original=original, method="channel")
+    normswap.calibrate(swapped, batches, original=original, options=normswap.CalibrationOptions(method="channel"))
     state = tmp_path / "state.pt"
     options = FinetuneOptions(epochs=2, lr=1e-3, batch_size=24, amp_dtype=torch.bfloat16, **extra)
 

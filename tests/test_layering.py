@@ -23,6 +23,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "surgery": ("swap", "fold"),
     "evaluation": ("worst_images", "evaluate"),
     "calibration": (
+        "options",
         "moments",
         "estimators",
         "ridge",
@@ -34,8 +35,8 @@ ROAD: dict[str, tuple[str, ...]] = {
         "calibrate",
     ),
     "finetuning": (
-        "norm_blending",
         "options",
+        "norm_blending",
         "augment",
         "losses",
         "holdout",
@@ -53,10 +54,10 @@ ROAD: dict[str, tuple[str, ...]] = {
         "benchmark_charts",
         "html_report",
     ),
-    "outputs": ("save", "swapped_checkpoint", "hub"),
+    "outputs": ("options", "save", "swapped_checkpoint", "hub"),
     "exporting": ("layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("timing", "results", "variants", "engines", "benchmark"),
-    "pipeline": ("open_model", "conversion", "checks", "convert", "from_swapped"),
+    "pipeline": ("open_model", "options", "conversion", "checks", "steps", "convert", "from_swapped"),
     "demo": (),
 }
 ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]

@@ -24,7 +24,7 @@ def results(shared_model, shared_images):
     found = {}
     for method in ("reconstruct", "channel", "moments"):
         swapped = normswap.swap_norms(model, plan)
-        normswap.calibrate(swapped, batches, original=model, method=method)
+        normswap.calibrate(swapped, batches, original=model, options=normswap.CalibrationOptions(method=method))
         found[method] = swapped, normswap.fold_norms(swapped)
     models = {"original": model} | {method: fused for method, (_, fused) in found.items()}
     stages = {stage.name: stage for stage in normswap.evaluate_models(models, evaluation.draw(1000, seed=0))}

@@ -8,6 +8,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..calibration.calibrate import calibrate
+from ..calibration.options import CalibrationOptions
 from ..layers import TokenAffine
 from ..model_utils import pretrained_cfg
 from ..planning.plan import make_plan
@@ -36,7 +37,7 @@ def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
         images = torch.randn(_IMAGES, *plan.input_size, generator=torch.Generator().manual_seed(0))
     images = images[:_IMAGES].to(next(model.parameters()))
     swapped = swap_norms(model, plan)
-    calibrate(swapped, [images], original=model, method="moments")
+    calibrate(swapped, [images], model, CalibrationOptions(method="moments"))
     return fold_norms(swapped.eval(), inplace=True, input_size=plan.input_size)
 
 

@@ -5,27 +5,25 @@ every norm and every layer is fitted to what the converted model really feeds it
 """
 
 from bisect import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError, CalibrationError
-from ..inputs.batches import BATCH_SIZE, rebatched
+from ..inputs.batches import ImageBatches
 from ..layers import TokenBatchNorm
 from ..model_utils import eval_mode, find_module
 from ..progress import Progress, no_progress
 from ..records.report import Calibration
 from ..surgery.swap import batch_norms
 from .activation_store import default_budget
-from .estimators import METHODS
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
-from .reconstruction import HELD_OUT, ROWS_KEPT, Reconstruction, drawn
+from .options import CalibrationOptions
+from .reconstruction import ROWS_KEPT, Reconstruction, drawn
 from .solvable_layers import Readers, Writer, find_readers, find_writers
-
-RECONSTRUCT = ("all", "readers")
 
 
 class _MapObserver(Observer):
@@ -40,7 +38,7 @@ class _MapObserver(Observer):
         self.path, self.norm, self.moments, self.batches = path, norm, Moments(), batches
 
     def __call__(self, x: torch.Tensor, number: int) -> None:
-        rows = _tokens(x, self.norm)
+        rows = self.norm.tokens(x)
         if self.batches is not None:
             (rows,) = drawn(number, ROWS_KEPT, self.batches, rows)
         for part in rows.split(CACHED_ROWS):
@@ -63,10 +61,7 @@ def calibrate(
     swapped: nn.Module,
     images: Iterable[Any],
     original: nn.Module,
-    method: str = "reconstruct",
-    reconstruct: str = "all",
-    memory_budget: int | None = None,
-    refine_steps: int | None = None,
+    options: CalibrationOptions | None = None,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Set every BatchNorm of ``swapped``, in place, and with "reconstruct" the linear layers around them too.
@@ -79,76 +74,79 @@ def calibrate(
         swapped: from `swap_norms`; changed in place.
         images: any iterable of batches `[B, C, H, W]`, or of tuples or lists that start with one.
         original: the model it was swapped from; stays as it is.
-        method: "reconstruct", "channel" or "moments".
-        reconstruct: "all" re-solves the layers that read a norm and those that write to the residual stream,
-            "readers" the first only. Other methods do not look at it.
-        memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
-            what is free. On a GPU as many may stay there, up to half of what is free there.
-        refine_steps: gradient steps, of 32 images each, for what every attention reads, where writers are re-solved
-            too; 0 for none. Default: one on every batch that is fitted to, but at least 28. More of them bring the
-            answers nearer to the original's and cost time, see docs/calibration.md.
+        options: see `CalibrationOptions`.
         progress: called with ("calibrate: the module's path", stops done, stops in all), at the end with "calibrate".
 
     Raises:
-        ArgumentError: unknown method, negative steps, no BatchNorm to set, no images, or a memory budget below one
-            batch.
+        ArgumentError: invalid options, no BatchNorm to set, no images, or a memory budget below one batch.
         CalibrationError: statistics of a site are not finite.
     """
-    check_method(method, reconstruct, refine_steps)
+    options = options or CalibrationOptions()
+    options.check()
     norms = batch_norms(swapped)
     sites = [path for path in norms if isinstance(find_module(original, path), nn.LayerNorm)]
     if not sites:
         raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm: swap first")
     observers = {path: _MapObserver(path, norm) for path, norm in norms.items() if path not in sites}
-    weight = next(original.parameters())
-    batches = (batch.to(weight) for batch in shuffled(images, BATCH_SIZE))
-    budget = default_budget() if memory_budget is None else memory_budget
+    batches = ImageBatches.of(images, next(original.parameters()))
+    budget = options.memory_budget or default_budget()
     with (
         eval_mode(original, swapped),
         Lockstep(original, swapped, sites, batches, dict(observers), budget) as lockstep,
     ):
-        if lockstep.first is None:
-            raise ArgumentError("no images to calibrate on")
-        lane = lockstep.first[1]
-        batches_seen = lockstep.count if method == "reconstruct" else None
+        work = _Work(lockstep, options, original, norms, sites, observers)
+        work.run(progress)
+    return work.reconstruction.result
+
+
+class _Work:
+    """Everything to set, in the order in which the converted model runs it."""
+
+    def __init__(
+        self,
+        lockstep: Lockstep,
+        options: CalibrationOptions,
+        original: nn.Module,
+        norms: dict[str, TokenBatchNorm],
+        sites: list[str],
+        observers: dict[str, _MapObserver],
+    ) -> None:
+        self.lockstep, self.norms, self.observers = lockstep, norms, observers
+        reconstructs = options.method == "reconstruct"
+        self.batches_seen = lockstep.count if reconstructs else None
         for observer in observers.values():
-            observer.batches = batches_seen
-        steps = refine_steps if reconstruct == "all" else 0  # what is refined is seen where the branch's writer ends
-        work = Reconstruction(lockstep, method, original, norms, steps)
-        readers = find_readers(lane, sites) if method == "reconstruct" else []
-        writers = find_writers(lane, sites) if method == "reconstruct" and reconstruct == "all" else []
+            observer.batches = self.batches_seen
+        # What is refined is seen where the branch's writer ends.
+        steps = options.refine_steps if options.solves_writers else 0
+        self.reconstruction = Reconstruction(lockstep, options.method, original, norms, steps)
+        lane = lockstep.converted
+        readers = find_readers(lane, sites) if reconstructs else []
+        writers = find_writers(lane, sites) if options.solves_writers else []
         stops = [lane.at(Stop(path)) for path in sites] + [lane.at(stop) for group in readers for stop in group.stops]
-        writers = [w for w in writers if not _crossed(lane, w, stops)]
-        agenda = _agenda(lane, sites, readers, writers)
-        for i, (_, item) in enumerate(agenda):
-            progress(f"calibrate: {_where(item)}", i, len(agenda))
-            if isinstance(item, Readers):
-                work.solve_readers(item, writers)
-            elif isinstance(item, Writer):
-                for path in item.sites:  # its statistics change with the writer, its map does not
-                    lockstep.observers[path] = observers[path] = _MapObserver(path, norms[path], batches_seen)
-                work.solve_writer(item)
-            else:
-                work.set_norm(item, next((w for w in writers if item in w.sites), None))
-        lockstep.finish()
-        for observer in observers.values():
+        self.writers = [writer for writer in writers if not _crossed(lane, writer, stops)]
+        self.agenda = [item for _, item in _agenda(lane, sites, readers, self.writers)]
+
+    def run(self, progress: Progress) -> None:
+        """Do all of it."""
+        for i, item in enumerate(self.agenda):
+            progress(f"calibrate: {_where(item)}", i, len(self.agenda))
+            self._set(item)
+        self.lockstep.finish()
+        for observer in self.observers.values():
             observer.solve()
-        progress("calibrate", len(agenda), len(agenda))
-    return work.result
+        progress("calibrate", len(self.agenda), len(self.agenda))
 
-
-def check_method(method: str, reconstruct: str, refine_steps: int | None) -> None:
-    """Refuse what cannot be meant.
-
-    Raises:
-        ArgumentError: unknown method or choice of layers, or a negative number of steps.
-    """
-    if refine_steps is not None and refine_steps < 0:
-        raise ArgumentError(f"refine_steps must not be negative, not {refine_steps}")
-    if method not in METHODS:
-        raise ArgumentError(f"method is one of {', '.join(METHODS)}, not {method!r}")
-    if reconstruct not in RECONSTRUCT:
-        raise ArgumentError(f"reconstruct is one of {', '.join(RECONSTRUCT)}, not {reconstruct!r}")
+    def _set(self, item: Any) -> None:
+        if isinstance(item, Readers):
+            self.reconstruction.solve_readers(item, self.writers)
+        elif isinstance(item, Writer):
+            for path in item.sites:  # its statistics change with the writer, its map does not
+                observer = _MapObserver(path, self.norms[path], self.batches_seen)
+                self.lockstep.observers[path] = self.observers[path] = observer
+            self.reconstruction.solve_writer(item)
+        else:
+            behind = next((writer for writer in self.writers if item in writer.sites), None)
+            self.reconstruction.set_norm(item, behind)
 
 
 def _crossed(lane: Lane, writer: Writer, stops: list[int]) -> bool:
@@ -179,21 +177,3 @@ def _agenda(lane: Lane, sites: list[str], readers: list[Readers], writers: list[
 
 def _where(item: Any) -> str:
     return item if isinstance(item, str) else (item.stop if isinstance(item, Writer) else item.stops[0]).path
-
-
-def shuffled(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
-    """Yield the images `[B, C, H, W]` in batches of ``size`` or less, in a random order, always the same.
-
-    Folders are read class by class. In that order the images held out would be of other classes than those fitted to.
-    """
-    found = [image for batch in rebatched(images, size) for image in batch]
-    # Few images make small batches, so that some are held out; a size that divides their number saves an export.
-    size = max(1, min(size, len(found) // HELD_OUT))
-    size = min(range(size, size - size // 4 - 1, -1), key=lambda n: len(found) % n > 0)
-    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
-    for indices in order if found else ():
-        yield torch.stack([found[index] for index in indices.tolist()])  # [C, H, W] each -> [B, C, H, W]
-
-
-def _tokens(x: torch.Tensor, norm: TokenBatchNorm) -> torch.Tensor:
-    return x.movedim(norm.channel_dim, -1).reshape(-1, norm.num_features)  # [..., C] -> [M, C]

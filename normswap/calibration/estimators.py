@@ -129,7 +129,7 @@ class ChannelEstimator(Estimator):
 
 
 # "reconstruct" sets the norm as "channel" does and then re-solves the layers around it.
-METHODS: dict[str, type[Estimator]] = {
+ESTIMATORS: dict[str, type[Estimator]] = {
     "reconstruct": ChannelEstimator,
     "channel": ChannelEstimator,
     "moments": MomentsEstimator,

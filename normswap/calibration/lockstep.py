@@ -219,7 +219,8 @@ class Lockstep:
         original: the model with LayerNorm, in eval mode.
         converted: the swapped model, in eval mode.
         sites: paths of the norms.
-        batches: image batches `[B, C, H, W]`, all of them; under torch.distributed each process takes its share.
+        batches: image batches `[B, C, H, W]`, all of them and at least one; under torch.distributed each process
+            takes its share.
         observers: called with the input of other modules of the converted model, by path.
         budget: bytes that the values at rest may take in memory; what is beyond goes to disk (see `Store`).
 
@@ -239,19 +240,27 @@ class Lockstep:
         self.lanes: dict[torch.Size, tuple[Lane, Lane]] = {}
         self.store = Store(budget)
         self.batches: list[_Progress] = []
-        self.first: tuple[Lane, Lane] | None = None
         rank, size = world()
         self.count = 0  # of batches over all processes
         for i, batch in enumerate(batches):
             if batch.shape not in self.lanes:  # the shape is baked into a graph; a loader gives two at most
                 live = [*sites, *observers]
                 self.lanes[batch.shape] = (Lane(original, batch, sites), Lane(converted, batch, live))
-            self.first = self.first or self.lanes[batch.shape]
             self.count = i + 1
             if i % size == rank:
                 self.batches.append(_Progress(batch, self.lanes[batch.shape]))
-        if 0 < self.count < size:
+        if self.count < size:
             raise ArgumentError(f"{size} processes want at least {size} batches of images, these make {self.count}")
+
+    @property
+    def original(self) -> Lane:
+        """The original model's lane for the first batch's shape."""
+        return next(iter(self.lanes.values()))[0]
+
+    @property
+    def converted(self) -> Lane:
+        """The converted model's lane for the first batch's shape."""
+        return next(iter(self.lanes.values()))[1]
 
     def __enter__(self) -> "Lockstep":
         return self

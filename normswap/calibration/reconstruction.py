@@ -14,17 +14,16 @@ from torch import nn
 
 from ..distributed import all_sum, gathered
 from ..errors import CalibrationError
+from ..inputs.batches import HELD_OUT
 from ..layers import TokenBatchNorm
 from ..records.report import Calibration, LayerFit, StreamError
 from .attention_refinement import STEPS, Branch, Problem
-from .estimators import METHODS
+from .estimators import ESTIMATORS
 from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .ridge import Gram, Solution, solve
 from .solvable_layers import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
 
-# One batch in five chooses the penalty and decides on the refinement.
-HELD_OUT = 5
 # Batches on which the error of the residual stream is measured.
 MEASURED = 4
 # A layer with K inputs is solved from at least so many rows per input; below it keeps its weights. Rows of one image
@@ -66,11 +65,11 @@ class Reconstruction:
     def set_norm(self, path: str, writer: Writer | None) -> None:
         """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is."""
         norm, site = self.norms[path], Stop(path)
-        estimator = METHODS[self.method](norm, self.original.get_submodule(path))  # type: ignore[arg-type]
+        estimator = ESTIMATORS[self.method](norm, self.original.get_submodule(path))  # type: ignore[arg-type]
         for batch in self.lockstep.visit(site, writer.stop if writer else site, [site]):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            tokens, targets = _tokens(x, norm), _tokens(batch.collected[site], norm)
+            tokens, targets = norm.tokens(x), norm.tokens(batch.collected[site])
             prefix = _prefix_rows(x, norm, self.prefix_tokens)
             if self.method == "reconstruct":  # the layers behind make up for what a part of the rows leaves open
                 tokens, targets, prefix = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets, prefix)
@@ -140,11 +139,11 @@ class Reconstruction:
 
     @property
     def _lane(self) -> Lane:
-        return self.lockstep.first[1]  # type: ignore[index]
+        return self.lockstep.converted
 
     @property
     def _original_lane(self) -> Lane:
-        return self.lockstep.first[0]  # type: ignore[index]
+        return self.lockstep.original
 
     def _route(self, lane: Lane, writer: Writer) -> Route:
         key = (id(lane), writer.stop)
@@ -325,7 +324,7 @@ class _StreamSums:
 
 
 def _prefix_rows(x: torch.Tensor, norm: TokenBatchNorm, prefix_tokens: int) -> torch.Tensor:
-    """Return which of the rows `[M]` that `_tokens` makes are prefix tokens; none, unless x is tokens `[B, N, C]`."""
+    """Return which rows `[M]` of ``norm.tokens(x)`` are prefix tokens; none, unless x is tokens `[B, N, C]`."""
     rows = torch.zeros(x.numel() // norm.num_features, dtype=torch.bool, device=x.device)
     if x.ndim == 3 and norm.channel_dim in (-1, 2) and x.shape[1] > prefix_tokens:
         rows.view(x.shape[:2])[:, :prefix_tokens] = True  # [M] -> [B, N]
@@ -344,7 +343,3 @@ def _assign(path: str, layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, bias:
     layer.weight.copy_(ready[0])
     if layer.bias is not None:
         layer.bias.copy_(ready[1])
-
-
-def _tokens(x: torch.Tensor, norm: TokenBatchNorm) -> torch.Tensor:
-    return x.movedim(norm.channel_dim, -1).reshape(-1, norm.num_features)  # [..., C] -> [M, C]

@@ -12,7 +12,6 @@ from PIL import Image
 
 from ..records.worst_images import Answer, WorstImage
 
-DEFAULT_COUNT = 8
 _ANSWERS = 3
 _THUMBNAIL = 160  # pixels of the longer side
 _LOSSLESS = 64  # smaller ones are PNG: JPEG would blur what little there is
@@ -25,7 +24,7 @@ class WorstImages:
         count: how many at most; images and answers of no others are held.
     """
 
-    def __init__(self, count: int = DEFAULT_COUNT) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
         self.seen = 0
         self._heap: list[tuple[float, int, Any]] = []  # smallest KL first; position negative, so no two are equal

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from torch import nn
 from ..atomic import check_file, new_file
 from ..errors import ArgumentError, CheckFailedError
 from ..inputs.batches import rebatched
-from ..inputs.dataset import ImageSet
+from ..inputs.dataset import describe
 from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg, resolve_input_size
 from ..planning.graph import export_program
 from ..progress import Progress, no_progress
@@ -25,7 +24,7 @@ from ..records.report import plain, versions
 from .fp16 import HalfReport, check_fp16
 from .int8 import Int8Report, check_int8
 from .layernorm_search import Inventory, count_onnx, count_program
-from .onnx_file import DEFAULT_OPSET, OnnxModel, read_onnx, require_onnx, write_onnx
+from .onnx_file import DEFAULT_OPSET, EXTRA_ONNX, OnnxModel, read_onnx, require_onnx, write_onnx
 
 Format = Literal["onnx", "pt2"]
 FORMATS = ("onnx", "pt2")
@@ -161,7 +160,8 @@ def export_model(
     if not batches:
         raise ArgumentError("no images to compare the graph on")
     size = (batches[0].shape[1], batches[0].shape[2], batches[0].shape[3])
-    described = _describe(images, batches)
+    count = sum(len(batch) for batch in batches)
+    described = f"{count} random images" if images is None else describe(images, count)
     clock: dict[str, float] = {}
     name = name or str(pretrained_cfg(model).get("architecture", type(model).__name__))
 
@@ -209,7 +209,7 @@ def export_model(
             half=half,
             int8=int8,
             seconds=clock,
-            versions=versions() | (_versions("onnx", "onnxscript", "onnxruntime") if format == "onnx" else {}),
+            versions=versions(*(EXTRA_ONNX if format == "onnx" else ())),
         )
         _judge(report, allowed)
     _drop_old_weights(path, files)
@@ -235,13 +235,6 @@ def _random(size: tuple[int, int, int]) -> list[torch.Tensor]:
     # Nearly grey: noise of full contrast is like no picture, and a model without LayerNorm answers it with logits of
     # any size, whose rounding errors are as large.
     return [0.1 * torch.randn(_RANDOM, *size, generator=torch.Generator().manual_seed(0))]
-
-
-def _describe(images: Iterable[Any] | None, batches: list[torch.Tensor]) -> str:
-    if isinstance(images, ImageSet):
-        return images.description
-    count = sum(len(batch) for batch in batches)
-    return f"{count} random images" if images is None else f"{count} images passed by the caller"
 
 
 def _metadata(
@@ -323,9 +316,7 @@ def _judge(report: ExportReport, allowed: set[str]) -> None:
     elif report.half is not None:
         problem = report.half.problem
     if problem is not None:
-        error = CheckFailedError(f"{problem}: not saved")
-        error.report = report
-        raise error
+        raise CheckFailedError(f"{problem}: not saved", report)
 
 
 def _drop_old_weights(path: Path, files: list[Path]) -> None:
@@ -334,13 +325,3 @@ def _drop_old_weights(path: Path, files: list[Path]) -> None:
     for old in path.parent.glob(f"{path.name}.????????.data"):
         if old.name not in new:
             old.unlink(missing_ok=True)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # present as a module, as onnxruntime-gpu is
-            found[package] = "unknown"
-    return found

@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ArgumentError, CheckFailedError, MissingExtraError, ModelRefusedError
 from ..planning.graph import quiet
 
+EXTRA_ONNX = ("onnx", "onnxscript", "onnxruntime")
 # torch's exporter is written for this opset; others are made from it by rules of their own or by conversion.
 DEFAULT_OPSET = 18
 # A protobuf file holds less than 2 GB; the graph and its names take a share of that.
@@ -23,7 +24,7 @@ _LARGEST_FILE = 1_900_000_000
 
 def require_onnx() -> None:
     """Raise `MissingExtraError` before any work is done if a package of the extra ``onnx`` is not installed."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+    for package in EXTRA_ONNX:
         if find_spec(package) is None:
             raise MissingExtraError(f"ONNX needs {package}: pip install 'normswap[onnx]'")
 

@@ -40,7 +40,6 @@ def estimate_statistics(model: nn.Module, batches: Sequence[torch.Tensor]) -> No
 
 def _watch(norm: TokenBatchNorm, moments: Moments) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].movedim(norm.channel_dim, -1)
-        moments.update(x.reshape(-1, norm.num_features))  # [..., C] -> [M, C]
+        moments.update(norm.tokens(inputs[0]))
 
     return hook

@@ -16,8 +16,6 @@ from torch import nn
 from ..errors import ArgumentError
 from ..surgery.swap import batch_norms
 
-ORDERS = ("all", "blockwise", "mlp-first")
-
 
 class Fade:
     """The blend of every norm as a function of how far the run is.

@@ -1,15 +1,19 @@
-"""How to fine-tune: every choice in one place, with the reasons for the defaults in docs/finetuning.md."""
+"""How to fine-tune: every choice in one place, with the reasons for the defaults in docs/finetuning.md.
+
+Imports no torch, so that the command line can read it.
+"""
 
 import math
 from dataclasses import dataclass
-
-import torch
-from timm.optim import create_optimizer_v2
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
-from .norm_blending import ORDERS
+
+if TYPE_CHECKING:
+    import torch
 
 BN_MODES = ("frozen", "train")
+FADE_ORDERS = ("all", "blockwise", "mlp-first")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class FinetuneOptions:
     fade: float = 0.0
     fade_order: str = "all"
     ema: float | None = None
-    amp_dtype: torch.dtype | None = None
+    amp_dtype: "torch.dtype | None" = None
     bad_steps: int = 5
     seed: int = 42
 
@@ -72,8 +76,8 @@ class FinetuneOptions:
         """
         if self.bn_mode not in BN_MODES:
             raise ArgumentError(f"bn_mode is one of {', '.join(BN_MODES)}, not {self.bn_mode!r}")
-        if self.fade_order not in ORDERS:
-            raise ArgumentError(f"fade_order is one of {', '.join(ORDERS)}, not {self.fade_order!r}")
+        if self.fade_order not in FADE_ORDERS:
+            raise ArgumentError(f"fade_order is one of {', '.join(FADE_ORDERS)}, not {self.fade_order!r}")
         if not 0 <= self.fade < 1:
             raise ArgumentError(f"fade is a share of the run from 0 to below 1, not {self.fade}")
         positive = ("epochs", "lr", "batch_size", "accumulate", "clip_grad", "bad_steps")
@@ -88,6 +92,12 @@ class FinetuneOptions:
             raise ArgumentError("hflip is a probability, scale a share of an image's area from above 0 to 1")
         if not 0 <= self.warmup < 1 or not 0 < self.momentum <= 1 or not (self.ema is None or 0 < self.ema < 1):
             raise ArgumentError("warmup is from 0 to below 1, momentum above 0 to 1, ema between 0 and 1")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        import torch
+        from timm.optim import create_optimizer_v2
+
         try:
             create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=self.opt, lr=self.lr)
         except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:

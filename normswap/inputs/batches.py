@@ -1,7 +1,7 @@
 """Any iterable of images as batches of one size, checked once."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import torch
 
@@ -9,20 +9,42 @@ from ..errors import ArgumentError
 
 # Images that go through the models together. Small enough for the caches, large enough for the matrix products.
 BATCH_SIZE = 32
+# Calibration holds one batch in five out to choose by, so few images make small batches.
+HELD_OUT = 5
+
+
+def checked(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield images `[B, C, H, W]` and labels `[B]`, None where there are none, as the caller batched them.
+
+    Args:
+        images: batches, or tuples or lists that start with one; a tensor behind it holds the labels.
+
+    Raises:
+        ArgumentError: something that is no batch of images, or images of different sizes.
+    """
+    size: torch.Size | None = None
+    for item in images:
+        batch, *rest = item if isinstance(item, tuple | list) else (item,)
+        if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
+            raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
+        size = size or batch.shape[1:]
+        if batch.shape[1:] != size:
+            raise ArgumentError(f"images must all have one size; there are {list(size)} and {list(batch.shape[1:])}")
+        yield batch, rest[0] if rest and isinstance(rest[0], torch.Tensor) else None
 
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
-    """Yield the images `[B, C, H, W]` in batches of ``size``, the last one smaller."""
+    """Yield the images `[B, C, H, W]` in their order, in batches of ``size``, the last one smaller.
+
+    Raises:
+        ArgumentError: see `checked`.
+
+    >>> [len(batch) for batch in rebatched([torch.zeros(3, 1, 8, 8), torch.zeros(4, 1, 8, 8)], 2)]
+    [2, 2, 2, 1]
+    """
     held: list[torch.Tensor] = []
     count = 0
-    for item in images:
-        batch = item[0] if isinstance(item, tuple | list) else item
-        if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
-            raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
-        if held and batch.shape[1:] != held[0].shape[1:]:
-            raise ArgumentError(
-                f"images must all have one size; there are {list(held[0].shape[1:])} and {list(batch.shape[1:])}"
-            )
+    for batch, _ in checked(images):
         held.append(batch)
         count += len(batch)
         if count >= size:
@@ -35,20 +57,78 @@ def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:
 
 
 def gather(images: Iterable[Any], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return all images `[M, C, H, W]` and, if every batch has some, their labels `[M]`."""
-    pixels: list[torch.Tensor] = []
-    labels: list[torch.Tensor] = []
-    for item in images:
-        batch, *rest = item if isinstance(item, tuple | list) else (item,)
-        if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
-            raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
-        if pixels and batch.shape[1:] != pixels[0].shape[1:]:
-            raise ArgumentError(
-                f"images must all have one size; there are {list(pixels[0].shape[1:])} and {list(batch.shape[1:])}"
-            )
-        pixels.append(batch.to(like))
-        if rest and isinstance(rest[0], torch.Tensor):
-            labels.append(rest[0].to(like.device))
-    if not pixels:
-        raise ArgumentError("fine-tuning wants at least two images, there are 0 (to train on, or held out)")
-    return torch.cat(pixels), torch.cat(labels) if len(labels) == len(pixels) else None
+    """Return all images `[M, C, H, W]` in the dtype and on the device of ``like``, and their labels `[M]`.
+
+    The labels are None unless every batch has some.
+
+    Raises:
+        ArgumentError: see `checked`; also without any image.
+    """
+    found = [(batch.to(like), labels) for batch, labels in checked(images)]
+    if not found:
+        raise ArgumentError("there are no images")
+    known = [labels.to(like.device) for _, labels in found if labels is not None]
+    return torch.cat([batch for batch, _ in found]), torch.cat(known) if len(known) == len(found) else None
+
+
+class ImageBatches(Sequence[torch.Tensor]):
+    """Images in batches `[B, C, H, W]` of one size, in a random order that is always the same.
+
+    Folders are read class by class. In that order the images held out would be of other classes than those fitted to.
+
+    Args:
+        images: see `checked`.
+        like: a parameter of the model, whose dtype and device the images get.
+
+    Raises:
+        ArgumentError: see `checked`; also without any image.
+
+    >>> batches = ImageBatches([torch.zeros(40, 3, 8, 8)], torch.zeros(1))
+    >>> len(batches), batches.image_count, batches.input_size
+    (5, 40, (3, 8, 8))
+    """
+
+    def __init__(self, images: Iterable[Any], like: torch.Tensor) -> None:
+        found = [image for batch, _ in checked(images) for image in batch.to(like)]
+        if not found:
+            raise ArgumentError("no images to calibrate on")
+        size = max(1, min(BATCH_SIZE, len(found) // HELD_OUT))
+        # A size that divides their number saves an export.
+        size = min(range(size, size - size // 4 - 1, -1), key=lambda n: len(found) % n > 0)
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
+        # [C, H, W] each -> [B, C, H, W]
+        self._batches = [torch.stack([found[index] for index in indices.tolist()]) for indices in order]
+        self.image_count = len(found)
+
+    @classmethod
+    def of(cls, images: Iterable[Any], like: torch.Tensor) -> "ImageBatches":
+        """Return the images as they are if they are such batches already, in that dtype and on that device."""
+        if isinstance(images, cls) and (images[0].dtype, images[0].device) == (like.dtype, like.device):
+            return images
+        return cls(images, like)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        channels, height, width = self._batches[0].shape[1:]
+        return channels, height, width
+
+    def first(self, count: int) -> list[torch.Tensor]:
+        """Return the first ``count`` images, or all if there are fewer, in batches `[B, C, H, W]`.
+
+        >>> batches = ImageBatches([torch.zeros(40, 3, 8, 8)], torch.zeros(1))
+        >>> [len(batch) for batch in batches.first(20)]
+        [8, 8, 4]
+        """
+        size = len(self._batches[0])
+        return [batch[: count - i * size] for i, batch in enumerate(self._batches) if i * size < count]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[torch.Tensor]: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
+        return self._batches[index]

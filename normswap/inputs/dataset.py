@@ -123,6 +123,16 @@ class ImageSet:
         return [] if self.num_classes is None else _classes(base)
 
 
+def describe(images: Any, count: int) -> str:
+    """Say in a few words which images these are.
+
+    Args:
+        images: an `ImageSet`, or what else the caller passed.
+        count: how many they are.
+    """
+    return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
+
+
 def _filename(dataset: Any, index: int) -> str:
     if isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]

@@ -4,7 +4,8 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +26,56 @@ from ..records.provenance import machine
 from ..records.report import ConversionReport
 from ..reporting.html_report import can_render, check_extra, render_page
 from ..reporting.model_card import model_card
+from .options import SaveOptions
 
 RECORD, WEIGHTS, CONFIG, CARD = "normswap.json", "model.safetensors", "config.json", "README.md"
 PAGE = "report.html"
 FORMAT = 1
 
 
-def save_folder(
-    out: str | Path,
-    model: nn.Module,
-    report: ConversionReport,
-    edits: dict[str, Any],
-    probe: torch.Tensor,
-    overwrite: bool = False,
-    protect: Iterable[Path] = (),
-    command: list[str] | None = None,
-    data_config: dict[str, Any] | None = None,
-    thumbnails: Sequence[str] = (),
-    page: bool | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Finished:
+    """A fused model and what goes into its folder.
+
+    Attributes:
+        model: fused, from timm.
+        report: is completed with the folder's path and, in ``stock_timm``, why plain timm cannot load it (None if it
+            can).
+        edits: from `describe_edits`.
+        probe: images `[B, C, H, W]` on which the loaded model must answer as the saved one does, to the bit.
+        thumbnails: pictures of ``report.worst`` as ``data:`` URIs; they go into the record.
+    """
+
+    model: nn.Module
+    report: ConversionReport
+    edits: dict[str, Any]
+    probe: torch.Tensor
+    thumbnails: Sequence[str] = ()
+
+
+def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None = None) -> None:
     """Write a fused model as a folder that timm's ``local-dir:`` reads, and prove that it does before it appears.
 
     Args:
         out: the folder; its parents are made.
-        model: fused, from timm.
-        report: is completed with ``out`` and, in ``stock_timm``, why plain timm cannot load it (None if it can).
-        edits: from `describe_edits`.
-        probe: images `[B, C, H, W]` on which the loaded model must answer as the saved one does, to the bit.
-        overwrite: replace a folder that is not empty.
-        protect: paths that must not lie inside ``out``.
-        command: the command line, for the record.
-        data_config: the preprocessing, where it is not the model's own.
-        thumbnails: pictures of ``report.worst`` as ``data:`` URIs; they go into the record.
-        page: whether to write report.html; default: if the ``report`` extra is installed. If it fails, there is a
-            warning, and the folder is written without it.
+        finished: the model and what is known about it.
+        options: see `SaveOptions`.
 
     Raises:
         ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
         CheckFailedError: the written folder does not give the same outputs.
-        MissingExtraError: ``page`` is True and the extra is not installed.
+        MissingExtraError: ``options.page`` is True and the extra is not installed.
     """
-    out = Path(out)
+    out, options = Path(out), options or SaveOptions()
+    model, report = finished.model, finished.report
     check_saveable(model)
-    if page:
+    if options.page:
         check_extra()
-    page = can_render() if page is None else page
+    page = can_render() if options.page is None else options.page
     extra, report.stock_timm = stock_arguments(model)
     report.out = str(out)
-    with new_folder(out, overwrite, protect) as folder:
-        write_config(folder / CONFIG, model, extra, data_config)
+    with new_folder(out, options.overwrite, options.protect) as folder:
+        write_config(folder / CONFIG, model, extra, options.data_config)
         write_weights(folder / WEIGHTS, model)
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors makes files that only their owner reads
         loaded = None
@@ -81,16 +83,21 @@ def save_folder(
             loaded, report.stock_timm = _load_with_timm(folder)
         record = {
             "format": FORMAT,
-            "edits": edits,
-            "command": command,
+            "edits": finished.edits,
+            "command": options.command,
             "made": machine(next(model.parameters()).device),
             "report": report.to_json(),
-            "thumbnails": list(thumbnails),
+            "thumbnails": list(finished.thumbnails),
         }
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(folder / RECORD, record)
         page = page and _write_page(folder / PAGE, record)
-        (folder / CARD).write_text(model_card(report, pretrained_cfg(model), page))
-        _prove(out, model, loaded or load(folder), probe)
+        (folder / CARD).write_text(model_card(report, pretrained_cfg(model), page), encoding="utf-8")
+        _prove(out, model, loaded or load(folder), finished.probe)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as indented JSON."""
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def check_saveable(model: nn.Module) -> None:
@@ -151,7 +158,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not is_output_folder(path):
         raise ArgumentError(f"{path}: no {RECORD} in it, so normswap did not write this folder")
     try:
-        record = json.loads((path / RECORD).read_text())
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         version = record["format"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path / RECORD}: cannot be read ({type(error).__name__}: {error})") from error

@@ -5,7 +5,6 @@ Neither file has the name of a finished model's, and `pipeline.open_model` refus
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from ..model_utils import resolve_input_size
 from ..planning.foldability import KEEP
 from ..planning.options import FfnBn
 from ..planning.plan import Plan, make_plan
-from ..records.budget import SiteCost, Trade, Trial
+from ..records.budget import BudgetRecord, SiteCost, Trial
 from ..records.report import ConversionReport, Finetuning, LayerFit, SiteFit, StageMetrics, StreamError
 from ..records.worst_images import Answer, WorstImage
 from ..surgery.swap import swap_norms
-from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_weights
+from .options import SaveOptions
+from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_json, write_weights
 
 SWAPPED_WEIGHTS, SWAPPED_RECORD = "swapped.safetensors", "swapped.json"
 _FORMAT = 1
@@ -50,46 +50,36 @@ class Swapped:
     report: ConversionReport
 
 
-def save_swapped(
-    out: str | Path,
-    model: nn.Module,
-    original: nn.Module,
-    plan: Plan,
-    report: ConversionReport,
-    overwrite: bool = False,
-    protect: Iterable[Path] = (),
-    command: list[str] | None = None,
-    data_config: dict[str, Any] | None = None,
-) -> None:
+def save_swapped(out: str | Path, swapped: Swapped, options: SaveOptions | None = None) -> None:
     """Write a swapped model as a folder from which `load_swapped` brings it back, all or nothing.
 
     Args:
         out: the folder; its parents are made.
-        model: from `swap_norms` with ``plan`` and ``report.ffn_bn``, calibrated or fine-tuned.
-        original: what it was made from, for its shapes and names only.
-        plan, report: go into the record.
-        overwrite, protect, command, data_config: see `normswap.outputs.save.save_folder`.
+        swapped: a model from `swap_norms` with ``plan`` and ``report.ffn_bn``, calibrated or fine-tuned, and what it
+            was made from, of which only shapes and names are read.
+        options: see `SaveOptions`.
 
     Raises:
         ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
     """
+    options = options or SaveOptions()
+    model, plan = swapped.model, swapped.plan
     check_saveable(model)
-    norms = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
     record = {
         "format": _FORMAT,
         "keep": [site.path for site in plan.sites if site.verdict == KEEP],
         "input_size": list(plan.input_size),
         "verdicts": _verdicts(plan),
-        "eps": norms,
-        "edits": describe_edits(original, model) | {"identity": [], "affine": {}, "keep": {}},
-        "command": command,
-        "report": report.to_json(),
+        "eps": {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)},
+        "edits": describe_edits(swapped.original, model) | {"identity": [], "affine": {}, "keep": {}},
+        "command": options.command,
+        "report": swapped.report.to_json(),
     }
-    with new_folder(Path(out), overwrite, protect) as folder:
-        write_config(folder / CONFIG, model, {}, data_config)
+    with new_folder(Path(out), options.overwrite, options.protect) as folder:
+        write_config(folder / CONFIG, model, {}, options.data_config)
         write_weights(folder / SWAPPED_WEIGHTS, model)
         shutil.copymode(folder / CONFIG, folder / SWAPPED_WEIGHTS)
-        (folder / SWAPPED_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(folder / SWAPPED_RECORD, record)
 
 
 def load_swapped(path: str | Path) -> Swapped:
@@ -104,7 +94,7 @@ def load_swapped(path: str | Path) -> Swapped:
         hint = "; it is fused already" if (path / "normswap.json").is_file() else ""
         raise ArgumentError(f"{path}: no {SWAPPED_RECORD} in it, so there is no swapped checkpoint{hint}")
     try:
-        record = json.loads((path / SWAPPED_RECORD).read_text())
+        record = json.loads((path / SWAPPED_RECORD).read_text(encoding="utf-8"))
         if record["format"] != _FORMAT:
             problem = f"format {record['format']}; this normswap reads format {_FORMAT}"
             raise CheckpointError(f"{path / SWAPPED_RECORD}: {problem}")
@@ -153,7 +143,7 @@ def _report(record: dict[str, Any]) -> ConversionReport:
     if record["budget"] is not None:
         lists = {"trials": Trial, "costs": SiteCost}
         rows = {key: [kind(**row) for row in record["budget"][key]] for key, kind in lists.items()}
-        found.budget = Trade(**record["budget"] | rows)
+        found.budget = BudgetRecord(**record["budget"] | rows)
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
     return found

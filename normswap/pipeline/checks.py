@@ -1,27 +1,18 @@
 """What `convert` and `fuse` both hold a result against, and how they describe it."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CheckFailedError
 from ..evaluation.worst_images import WorstImages
 from ..inputs.dataset import ImageSet
 from ..model_utils import pretrained_cfg
 from ..planning.plan import Plan
-from ..records.report import ConversionReport
 from ..records.worst_images import WorstImage
 from ..surgery.fold import fold_norms, max_difference
-from .conversion import Conversion
-
-DEFAULT_ATOL = 1e-3
-
-
-def describe_images(images: Iterable[Any], count: int) -> str:
-    return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
 
 
 def pictured(worst: WorstImages, images: Iterable[Any], model: nn.Module) -> tuple[list[WorstImage], list[str]]:
@@ -41,9 +32,11 @@ def class_names(config: dict[str, Any], images: ImageSet | None) -> list[str]:
     return [str(told.get(name, name)) if isinstance(told, dict) else str(name) for name in names]
 
 
-def fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, difference: float, atol: float) -> str:
+def fold_problem(
+    unfused: nn.Module, batches: Sequence[torch.Tensor], plan: Plan, difference: float, atol: float
+) -> str:
     """Say whether the fold or the model's own conditioning is at fault, by folding once more in float64."""
-    text = f"fused and unfused differ by {difference:.3g} in a logit, more than --atol {atol:g}"
+    text = f"fused and unfused differ by {difference:.3g} in a logit, more than `atol` {atol:g}"
     double = copy.deepcopy(unfused).double()
     exact = max_difference(double, fold_norms(double, input_size=plan.input_size), (b.double() for b in batches))
     if exact > atol:
@@ -53,9 +46,3 @@ def fold_problem(unfused: nn.Module, batches: list[torch.Tensor], plan: Plan, di
         name = str(dtype).removeprefix("torch.")
         return f"{text}; in float64 by {exact:.1g}, so the fold is right but {name} is coarse: convert model.float()"
     return f"{text}; in float64 by {exact:.1g}, so the fold is right but this conversion amplifies rounding errors"
-
-
-def failed_check(report: ConversionReport, text: str, conversion: Conversion | None = None) -> CheckFailedError:
-    error = CheckFailedError(text)
-    error.report, error.conversion = report, conversion
-    return error

@@ -1,6 +1,5 @@
-"""What `convert` gives back."""
+"""What `convert` and `fuse` return."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,64 +7,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..outputs.save import save_folder
-from ..outputs.swapped_checkpoint import save_swapped
+from ..outputs.options import SaveOptions
+from ..outputs.save import Finished, save_folder
+from ..outputs.swapped_checkpoint import Swapped, save_swapped
 from ..planning.plan import Plan
 from ..records.report import ConversionReport
 
 
 @dataclass
 class Conversion:
-    """What `convert` gives.
+    """What `convert` and `fuse` return.
 
     Attributes:
         model: the fused model, same class as before, without LayerNorm.
         report: every number on the way.
         plan: what was decided for each LayerNorm.
-        swapped: the same before the fold, with BatchNorm in, to go on training; see `normswap.save_swapped`.
+        swapped: the same before the fold, with BatchNorm in, for more training; see `save_swapped`.
     """
 
     model: nn.Module
     report: ConversionReport
     plan: Plan
+    swapped: nn.Module = field(repr=False)
     _edits: dict[str, Any] = field(repr=False)
     _probe: torch.Tensor = field(repr=False)
-    swapped: nn.Module = field(repr=False)
     _original: nn.Module = field(repr=False)  # on the meta device
     _thumbnails: list[str] = field(repr=False, default_factory=list)
 
-    def save(
-        self,
-        out: str | Path,
-        overwrite: bool = False,
-        protect: Iterable[Path] = (),
-        command: list[str] | None = None,
-        data_config: dict[str, Any] | None = None,
-        page: bool | None = None,
-    ) -> None:
-        """Write the output folder, all or nothing; see `outputs.save.save_folder` for the arguments and errors."""
-        save_folder(
-            out,
-            self.model,
-            self.report,
-            self._edits,
-            self._probe,
-            overwrite,
-            protect,
-            command,
-            data_config,
-            self._thumbnails,
-            page,
-        )
+    def save(self, out: str | Path, options: SaveOptions | None = None) -> None:
+        """Write the output folder, all or nothing; see `normswap.outputs.save.save_folder` for files and errors."""
+        finished = Finished(self.model, self.report, self._edits, self._probe, self._thumbnails)
+        save_folder(out, finished, options)
 
-    def save_swapped(
-        self,
-        out: str | Path,
-        overwrite: bool = False,
-        protect: Iterable[Path] = (),
-        command: list[str] | None = None,
-        data_config: dict[str, Any] | None = None,
-    ) -> None:
-        """Write ``swapped`` as a folder, all or nothing; see `normswap.save_swapped` for the arguments and errors."""
-        swapped, original = self.swapped, self._original
-        save_swapped(out, swapped, original, self.plan, self.report, overwrite, protect, command, data_config)
+    def save_swapped(self, out: str | Path, options: SaveOptions | None = None) -> None:
+        """Write ``swapped`` as a folder, all or nothing; see `normswap.save_swapped` for files and errors."""
+        save_swapped(out, Swapped(self.swapped, self._original, self.plan, self.report), options)

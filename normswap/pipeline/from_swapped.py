@@ -1,4 +1,4 @@
-"""Go on from a swapped checkpoint: fine-tune it some more, or fold it into a finished model."""
+"""Continue from a swapped checkpoint: fine-tune it, or fold it into a finished model."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,20 +9,21 @@ from torch import nn
 
 from ..errors import CheckFailedError
 from ..evaluation.evaluate import evaluate_models
-from ..evaluation.worst_images import DEFAULT_COUNT, WorstImages
+from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import finetune
 from ..finetuning.options import FinetuneOptions
 from ..inputs.batches import BATCH_SIZE, rebatched
-from ..inputs.dataset import ImageSet
+from ..inputs.dataset import ImageSet, describe
 from ..outputs.save import describe_edits
 from ..outputs.swapped_checkpoint import Swapped
 from ..progress import Progress, no_progress
 from ..records.provenance import versions
 from ..records.report import ConversionReport, StageMetrics
-from ..search.budget import Budget
+from ..search.budget import AccuracyBudget
 from ..surgery.fold import created_biases, fold_norms, max_difference
-from .checks import DEFAULT_ATOL, fold_problem, pictured
+from .checks import fold_problem, pictured
 from .conversion import Conversion
+from .options import EvaluationOptions
 
 # Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
 _RANDOM_IMAGES = 8
@@ -72,7 +73,7 @@ def finetune_swapped(
     report.worst = []  # of the model before
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
     report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
-    report.evaluation_data = evaluation.description if isinstance(evaluation, ImageSet) else f"{last[-1].n} images"
+    report.evaluation_data = describe(evaluation, last[-1].n)
 
 
 def fuse(
@@ -80,9 +81,7 @@ def fuse(
     images: Iterable[Any] | None = None,
     *,
     original: nn.Module | None = None,
-    atol: float = DEFAULT_ATOL,
-    amp_dtype: torch.dtype | None = None,
-    worst_images: int = DEFAULT_COUNT,
+    evaluation: EvaluationOptions | None = None,
     progress: Progress = no_progress,
 ) -> Conversion:
     """Fold a swapped checkpoint; what comes back saves itself as `normswap.convert`'s result does.
@@ -92,52 +91,54 @@ def fuse(
         images: what the models are compared on; without any, fused and unfused are compared on random images, and the
             accuracies in the report stay those of the swapped checkpoint.
         original: the model it came from, with weights, to measure the fused one against.
-        atol: largest absolute difference of an output that the fold may cause.
-        amp_dtype: autocast to it in the evaluation.
-        worst_images: how many of the images that changed most go into the report.
+        evaluation: how the result is measured and checked.
         progress: called with (what, done, total).
 
     Raises:
+        ArgumentError: invalid options, or no images.
         FoldError: folded weights are not finite.
-        CheckFailedError: fused and unfused differ by more than ``atol``.
+        CheckFailedError: fused and unfused differ by more than ``evaluation.atol``.
     """
+    evaluation = evaluation or EvaluationOptions()
+    evaluation.check()
     model, report, size = swapped.model, swapped.report, swapped.plan.input_size
-    weight = next(model.parameters())
-    if images is None:
-        generator = torch.Generator().manual_seed(0)
-        batches = [torch.randn(_RANDOM_IMAGES, *size, generator=generator).to(weight)]
-    else:
-        images = images if isinstance(images, ImageSet) else list(images)
-        some = images.draw(_FOLD_IMAGES, 0) if isinstance(images, ImageSet) else images
-        batches = [batch.to(weight) for batch in rebatched(some, BATCH_SIZE)]
+    images = images if images is None or isinstance(images, ImageSet) else list(images)
+    batches = _fold_images(images, size, next(model.parameters()))
     fused = fold_norms(model, input_size=size)
     thumbnails: list[str] = []
     report.fold_max_abs_err = max_difference(model, fused, batches)
     report.created_biases, report.versions = created_biases(swapped.original, fused), versions()
     if images is not None:
         before = {} if original is None else {"original": original}
-        worst = WorstImages(0 if original is None else worst_images)
-        report.stages = _evaluate({**before, "swapped": model, "fused": fused}, images, amp_dtype, progress, worst)
+        worst = WorstImages(0 if original is None else evaluation.worst_images)
+        models = {**before, "swapped": model, "fused": fused}
+        report.stages = _evaluate(models, images, evaluation.amp_dtype, progress, worst)
         if original is not None:
             _judge(report, report.stages)
         report.worst, thumbnails = pictured(worst, images, fused)
-        count = report.stages[-1].n
-        report.evaluation_data = images.description if isinstance(images, ImageSet) else f"{count} images"
-    if not report.fold_max_abs_err <= atol:
-        problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, atol)
-        error = CheckFailedError(f"{problem}: not saved")
-        error.report = report
-        raise error
+        report.evaluation_data = describe(images, report.stages[-1].n)
+    if not report.fold_max_abs_err <= evaluation.atol:
+        problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, evaluation.atol)
+        raise CheckFailedError(f"{problem}: not saved", report)
     edits = describe_edits(swapped.original, fused)
-    return Conversion(fused, report, swapped.plan, edits, batches[0], model, swapped.original, thumbnails)
+    return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, thumbnails)
+
+
+def _fold_images(images: Iterable[Any] | None, size: tuple[int, int, int], like: torch.Tensor) -> list[torch.Tensor]:
+    """Return the batches `[B, C, H, W]` on which fused and unfused are compared; random ones without images."""
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(_RANDOM_IMAGES, *size, generator=generator).to(like)]
+    some = images.draw(_FOLD_IMAGES, 0) if isinstance(images, ImageSet) else images
+    return [batch.to(like) for batch in rebatched(some, BATCH_SIZE)]
 
 
 def _judge(report: ConversionReport, stages: list[StageMetrics]) -> None:
     """Say whether the model as it is now holds the budget that the conversion was given, if there was one."""
-    trade = report.budget
-    if trade is not None:
-        budget = Budget(trade.max_drop, trade.min_agreement)
-        trade.met = budget.missing(stages[-1]) is None and budget.problem(stages[0], stages[-1]) is None
+    record = report.budget
+    if record is not None:
+        budget = AccuracyBudget(record.max_drop, record.min_agreement)
+        record.met = budget.missing(stages[-1]) is None and budget.problem(stages[0], stages[-1]) is None
 
 
 def _evaluate(

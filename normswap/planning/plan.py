@@ -141,7 +141,9 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     patterns = tuple(keep)
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ArgumentError(f"--keep {pattern!r} fits none of the {len(paths)} LayerNorms, as {paths[0]}")
+            raise ArgumentError(
+                f"`keep` {pattern!r} matches none of the {len(paths)} LayerNorms (for example {paths[0]})"
+            )
     excluded = [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
     sites = tuple(_sites(graph, paths, excluded))
     return Plan(model_name(model), size, sites, find_ffns(graph), time.perf_counter() - start)
@@ -200,7 +202,7 @@ def _sites(graph: ModelGraph, paths: list[str], excluded: list[str]) -> Iterator
             norm: Any = modules[path]
             kind, width = type(norm).__name__, norm.normalized_shape[-1]
         if path in excluded:
-            verdict = Verdict(KEEP, "excluded by --keep")
+            verdict = Verdict(KEEP, "excluded by a keep pattern")
         channel_dim = calls[path].channel_dim if path in calls else -1
         yield Site(path, kind, width, channel_dim, verdict.verdict, verdict.reason, verdict.targets)
 

@@ -48,7 +48,7 @@ class Trial:
 
 
 @dataclass
-class Trade:
+class BudgetRecord:
     """The search as a whole.
 
     Attributes:

@@ -4,27 +4,31 @@ import os
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions that a result depends on, those of some more packages included."""
     found = {"python": platform.python_version()}
-    for package in ("normswap", "torch", "torchvision", "timm", "safetensors"):
+    for package in ("normswap", "torch", "torchvision", "timm", "safetensors", *more):
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that was never installed
+        except PackageNotFoundError:  # a source tree that was never installed, or a package of another name
             found[package] = "unknown"
     return found
 
 
-def machine(device: torch.device) -> dict[str, str]:
+def machine(device: "torch.device") -> dict[str, str]:
     """Return the date and the machine, as text; names of people and computers are left out.
 
     Args:
         device: where the model is.
     """
+    import torch
+
     where = str(device)
     if device.type == "cuda":
         where += f" ({torch.cuda.get_device_name(device)})"

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .budget import Trade
+from .budget import BudgetRecord
 from .provenance import versions
 from .worst_images import WorstImage
 
@@ -194,7 +194,7 @@ class ConversionReport:
     layers: list[LayerFit] = field(default_factory=list)
     stream: list[StreamError] = field(default_factory=list)
     finetuning: Finetuning | None = None
-    budget: Trade | None = None
+    budget: BudgetRecord | None = None
     stages: list[StageMetrics] = field(default_factory=list)
     fold_max_abs_err: float | None = None
     created_biases: list[str] = field(default_factory=list)

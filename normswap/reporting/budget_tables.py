@@ -2,41 +2,41 @@
 
 from rich.table import Table
 
-from ..records.budget import Trade
+from ..records.budget import BudgetRecord
 from ..tables import number, table
 
 BUDGET_COLUMNS = ("LayerNorms kept", "top-1 %", "drop", "same answer %", "+- at most", "KL", "seconds", "try", "")
 
 
-def budget_rows(trade: Trade) -> list[list[str]]:
+def budget_rows(record: BudgetRecord) -> list[list[str]]:
     """Return one row per trial under `BUDGET_COLUMNS`, fewest LayerNorms first: the trade in one look."""
-    order = sorted(range(len(trade.trials)), key=lambda i: (len(trade.trials[i].kept), i))
+    order = sorted(range(len(record.trials)), key=lambda i: (len(record.trials[i].kept), i))
     rows = []
     for i in order:
-        t = trade.trials[i]
+        t = record.trials[i]
         mark = "holds the budget" if t.shortfall <= 0 else f"misses by {t.shortfall:.2f}"
-        mark += ", taken" if i == trade.chosen else ""
+        mark += ", taken" if i == record.chosen else ""
         numbers = [number(v) for v in (t.top1, t.drop, t.agreement, t.error)]
         rows.append([str(len(t.kept)), *numbers, number(t.kl, 4), number(t.seconds, 0), str(i + 1), mark])
     return rows
 
 
-def budget_title(trade: Trade) -> str:
+def budget_title(record: BudgetRecord) -> str:
     """Return what the table of trials is about, in one line."""
-    wanted = [] if trade.max_drop is None else [f"top-1 down by at most {trade.max_drop:g} points"]
-    if trade.min_agreement is not None:
-        wanted.append(f"same answer for at least {trade.min_agreement:g} %")
+    wanted = [] if record.max_drop is None else [f"top-1 down by at most {record.max_drop:g} points"]
+    if record.min_agreement is not None:
+        wanted.append(f"same answer for at least {record.min_agreement:g} %")
     return f"budget: {' and '.join(wanted)}"
 
 
-def budget_table(trade: Trade) -> Table:
+def budget_table(record: BudgetRecord) -> Table:
     """Return `budget_rows` as a table."""
-    return table(BUDGET_COLUMNS, budget_rows(trade), budget_title(trade), right=BUDGET_COLUMNS[:-1])
+    return table(BUDGET_COLUMNS, budget_rows(record), budget_title(record), right=BUDGET_COLUMNS[:-1])
 
 
-def budget_line(trade: Trade) -> str:
+def budget_line(record: BudgetRecord) -> str:
     """Return how the search ended in one line."""
-    best = trade.best
-    tries = f"{len(trade.trials)} of at most {trade.max_evaluations} evaluations"
-    end = "holds" if trade.met else "not met"
-    return f"{end} with {best.put_back} of {trade.candidates} LayerNorms put back, after {tries}"
+    best = record.best
+    tries = f"{len(record.trials)} of at most {record.max_evaluations} evaluations"
+    end = "holds" if record.met else "not met"
+    return f"{end} with {best.put_back} of {record.candidates} LayerNorms put back, after {tries}"

@@ -1,9 +1,9 @@
 """Hold an accuracy budget: put back the LayerNorms that cost most, and find how few will do.
 
-The dear LayerNorms are found without labels (see `normswap.rank`). How many of them have to stay is then searched by
-bisection, each time with calibration done anew, since every BatchNorm downstream sees other activations. Accuracy
-need not rise with every LayerNorm that stays, so nothing is taken on trust: each trial is measured, and of those that
-hold the budget the one with the fewest LayerNorms wins.
+The most sensitive LayerNorms are found without labels (see `normswap.search.sensitivity`). How many of them have to
+stay is then searched by bisection, each time with calibration done anew, since every BatchNorm downstream sees other
+activations. Accuracy need not rise with every LayerNorm that stays, so nothing is taken on trust: each trial is
+measured, and of those that hold the budget the one with the fewest LayerNorms wins.
 """
 
 import math
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ..errors import ArgumentError
-from ..records.budget import SiteCost, Trade, Trial
+from ..records.budget import BudgetRecord, SiteCost, Trial
 from ..records.report import StageMetrics
 
-MAX_EVALUATIONS = 8
-
-NO_HEAD = "--min-agreement needs a model with classes, and this one has no head"
+NO_HEAD = "`min_agreement` needs a model with classes, and this one has no head"
 
 _CHEAPEST = 2
 
@@ -25,38 +23,38 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Budget:
+class AccuracyBudget:
     """What a conversion may cost.
 
     Attributes:
         max_drop: largest tolerated loss of top-1, in points; None for no limit.
         min_agreement: least percent of images with the original's answer; None for no limit.
-        max_keep: how many LayerNorms may go back for it, those of ``keep`` not counted; 0 to check only; None for
-            all but one.
+        max_keep: how many LayerNorms may go back for it, those that the plan keeps not counted; 0 to check only;
+            None for all but one.
         max_evaluations: how many conversions may be tried, the first one included.
     """
 
     max_drop: float | None = None
     min_agreement: float | None = None
     max_keep: int | None = None
-    max_evaluations: int = MAX_EVALUATIONS
+    max_evaluations: int = 8
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse invalid values.
 
         Raises:
             ArgumentError: a number out of its range, or limits of a search without a budget to search for.
         """
         if self.max_drop is not None and math.isnan(self.max_drop):
-            raise ArgumentError("--max-drop is a number; nan would never fail")
+            raise ArgumentError(f"`max_drop` must be a number, not {self.max_drop}")
         if self.min_agreement is not None and not 0 <= self.min_agreement <= 100:
-            raise ArgumentError(f"--min-agreement is a percentage from 0 to 100, not {self.min_agreement:g}")
+            raise ArgumentError(f"`min_agreement` must be a percentage from 0 to 100, not {self.min_agreement:g}")
         if self.max_keep is not None and self.max_keep < 0:
-            raise ArgumentError(f"--max-keep is a number of LayerNorms, not {self.max_keep}")
+            raise ArgumentError(f"`max_keep` must be 0 or more LayerNorms, not {self.max_keep}")
         if self.max_evaluations < 1:
-            raise ArgumentError(f"--max-evaluations is at least 1, not {self.max_evaluations}")
+            raise ArgumentError(f"`max_evaluations` must be 1 or more, not {self.max_evaluations}")
         if self.empty and self.max_keep is not None:
-            raise ArgumentError("--max-keep goes with --max-drop or --min-agreement")
+            raise ArgumentError("`max_keep` needs `max_drop` or `min_agreement`")
 
     @property
     def empty(self) -> bool:
@@ -72,7 +70,7 @@ class Budget:
     def missing(self, last: StageMetrics) -> str | None:
         """Return what stands in the way of a judgement, None if nothing does."""
         if self.max_drop is not None and last.top1 is None:
-            return "--max-drop needs labels, and there are none"
+            return "`max_drop` needs labels, and there are none"
         if self.min_agreement is not None and last.agreement is None:
             return NO_HEAD
         return None
@@ -101,10 +99,10 @@ class Budget:
         limits = []
         if self.max_drop is not None and first.top1 is not None and last.top1 is not None:
             drop = round(first.top1 - last.top1, 5)  # 1.0000001 for what is 1: shares come from float32
-            words = f"top-1 fell by {drop:.2f} points, more than --max-drop {self.max_drop:g}"
+            words = f"top-1 fell by {drop:.2f} points, more than `max_drop` {self.max_drop:g}"
             limits.append((drop, self.max_drop, words))
         if self.min_agreement is not None and last.agreement is not None:
-            words = f"{last.agreement:.2f} % same answers, fewer than --min-agreement {self.min_agreement:g}"
+            words = f"top-1 agreement is {last.agreement:.2f} %, less than `min_agreement` {self.min_agreement:g}"
             limits.append((100 - last.agreement, 100 - self.min_agreement, words))
         return limits
 
@@ -121,40 +119,40 @@ class Search(Generic[T]):
 
     def __init__(
         self,
-        budget: Budget,
+        budget: AccuracyBudget,
         candidates: Sequence[str],
         attempt: Callable[[Sequence[str]], tuple[Trial, T]],
         costs: Callable[[T | None, Sequence[str]], list[SiteCost]],
     ) -> None:
         self.budget, self.candidates, self.attempt, self.costs = budget, list(candidates), attempt, costs
         limit = budget.limit(len(candidates))
-        self.trade = Trade(
+        self.record = BudgetRecord(
             budget.max_drop, budget.min_agreement, limit, budget.max_evaluations, candidates=len(candidates)
         )
         self.tried: list[set[str]] = []
         self.best: T | None = None
 
-    def run(self) -> tuple[Trade, T]:
+    def run(self) -> tuple[BudgetRecord, T]:
         """Return the record and the best conversion: of those that hold the budget the one with the fewest LayerNorms.
 
         If none does, the one that misses it least. Only the best so far is kept in memory.
         """
-        if not self._try([]) and self.trade.max_keep and self._left:
+        if not self._try([]) and self.record.max_keep and self._left:
             ranking = self.costs(None, self.candidates)
-            self.trade.costs = sorted(ranking, key=lambda cost: -cost.kl)
-            self._bisect([cost.site for cost in self.trade.costs])
+            self.record.costs = sorted(ranking, key=lambda cost: -cost.kl)
+            self._bisect([cost.site for cost in self.record.costs])
             self._thin_out()
         best = self.best
         assert best is not None  # the first trial is always made
-        return self.trade, best
+        return self.record, best
 
     @property
     def _left(self) -> int:
-        return self.trade.max_evaluations - len(self.trade.trials)
+        return self.record.max_evaluations - len(self.record.trials)
 
     def _bisect(self, ranked: list[str]) -> None:
-        """Find the smallest k for which the k dearest LayerNorms are enough."""
-        low, high, known = 0, self.trade.max_keep, False  # low fails; known: high holds
+        """Find the smallest k for which the k most sensitive LayerNorms are enough."""
+        low, high, known = 0, self.record.max_keep, False  # low fails; known: high holds
         while self._left and high - low > known:
             # The last evaluation, if none held yet, goes to the most that may stay.
             k = high if not known and self._left == 1 else (low + high + (not known)) // 2
@@ -167,10 +165,10 @@ class Search(Generic[T]):
         """Let one more LayerNorm go at a time, the one that costs least in the best conversion so far.
 
         The first ranking was made with all others in place, this one is made where they are gone. Where the two
-        cheapest are too dear, the others will be.
+        least sensitive cost too much, the others will too.
         """
-        while self._left and self.trade.best.shortfall <= 0 and self.trade.best.put_back:
-            kept = [site for site in self.candidates if site in self.tried[self.trade.chosen]]
+        while self._left and self.record.best.shortfall <= 0 and self.record.best.put_back:
+            kept = [site for site in self.candidates if site in self.tried[self.record.chosen]]
             costs = sorted(self.costs(self.best, kept), key=lambda cost: cost.kl)
             fewer = [[site for site in kept if site != cost.site] for cost in costs[:_CHEAPEST]]
             if not any(self._left and self._try(sites) for sites in fewer if set(sites) not in self.tried):
@@ -179,11 +177,11 @@ class Search(Generic[T]):
     def _try(self, put_back: list[str]) -> bool:
         """Convert, measure and remember; return whether the budget holds."""
         trial, result = self.attempt(put_back)
-        trials = self.trade.trials
+        trials = self.record.trials
         trials.append(trial)
         self.tried.append(set(put_back))
-        if len(trials) == 1 or _rating(trial) < _rating(self.trade.best):
-            self.trade.chosen, self.best = len(trials) - 1, result
+        if len(trials) == 1 or _rating(trial) < _rating(self.record.best):
+            self.record.chosen, self.best = len(trials) - 1, result
         return trial.shortfall <= 0
 
 

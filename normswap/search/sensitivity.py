@@ -1,4 +1,4 @@
-"""Which LayerNorms are dear: put BatchNorm in the place of one at a time, and see how the answers move."""
+"""Which LayerNorms are sensitive: replace one at a time by BatchNorm, and measure how far the outputs move."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -72,22 +72,8 @@ def site_costs(
     return [SiteCost(path, kl) for path, kl in zip(sites, agreed.tolist(), strict=True)]
 
 
-def spread(batches: Sequence[torch.Tensor], count: int, size: int) -> list[torch.Tensor]:
-    """Return about ``count`` images, evenly from all of them, in batches `[B, C, H, W]` of ``size``.
-
-    Folders are read class by class, so the first ones would be of few classes.
-    """
-    every = max(1, sum(map(len, batches)) // count)
-    images = (image for batch in batches for image in batch)
-    chosen = [image for i, image in enumerate(images) if i % every == 0][:count]
-    return list(torch.stack(chosen).split(size))  # [C, H, W] each -> [M, C, H, W] -> [B, C, H, W]
-
-
 def _feed(estimator: ChannelEstimator) -> Callable[..., None]:
-    dim, width = estimator.norm.channel_dim, estimator.norm.num_features
-
     def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x, y = (t.movedim(dim, -1).reshape(-1, width) for t in (inputs[0], output))  # [..., C] -> [M, C]
-        estimator.update(x, y)
+        estimator.update(estimator.norm.tokens(inputs[0]), estimator.norm.tokens(output))
 
     return hook

@@ -10,22 +10,21 @@ import torch
 from torch import nn
 
 from ..calibration.calibrate import calibrate
+from ..calibration.options import CalibrationOptions
 from ..distributed import from_first
 from ..errors import CheckFailedError
 from ..evaluation.evaluate import evaluate_models
-from ..inputs.batches import BATCH_SIZE
+from ..inputs.batches import ImageBatches
 from ..planning.foldability import KEEP
 from ..planning.options import FfnBn
 from ..planning.plan import Plan, keep_more
 from ..progress import Progress
-from ..records.budget import SiteCost, Trade, Trial
+from ..records.budget import BudgetRecord, SiteCost, Trial
 from ..records.report import Calibration
 from ..surgery.fold import fold_norms
 from ..surgery.swap import swap_norms
-from .budget import Budget, Search
-from .sensitivity import IMAGES, site_costs, spread
-
-Choices = tuple[str, FfnBn, str, int | None, int | None]
+from .budget import AccuracyBudget, Search
+from .sensitivity import IMAGES, site_costs
 
 
 @dataclass
@@ -51,19 +50,16 @@ class Attempt:
         cls,
         original: nn.Module,
         plan: Plan,
-        batches: list[torch.Tensor],
-        method: str,
+        batches: ImageBatches,
         ffn_bn: FfnBn,
-        reconstruct: str,
-        memory_budget: int | None,
-        refine_steps: int | None,
+        options: CalibrationOptions,
         progress: Progress,
     ) -> "Attempt":
         """Swap and calibrate; see `normswap.convert` for the arguments and `normswap.calibrate` for the errors."""
         swapped = swap_norms(original, plan, ffn_bn)
         calibrated = copy.deepcopy(swapped)
         start = time.perf_counter()
-        fitted = calibrate(calibrated, batches, original, method, reconstruct, memory_budget, refine_steps, progress)
+        fitted = calibrate(calibrated, batches, original, options, progress)
         return cls(plan, swapped, calibrated, fitted, round(time.perf_counter() - start, 3))
 
 
@@ -76,7 +72,7 @@ class Trials:
         original: in eval mode.
         plan: of the first trial, which keeps nothing for the budget.
         batches: calibration images `[B, C, H, W]`.
-        choices: method, ffn_bn, reconstruct, memory budget and refining steps of every trial.
+        ffn_bn, options: of every trial.
         images: what the trials are measured on; gone through once for each.
         amp_dtype: autocast to it in the evaluation.
         answers: the original's, see `evaluate_models`.
@@ -84,11 +80,12 @@ class Trials:
         total: how many evaluation images there will be, for the progress.
     """
 
-    budget: Budget
+    budget: AccuracyBudget
     original: nn.Module
     plan: Plan
-    batches: list[torch.Tensor]
-    choices: Choices
+    batches: ImageBatches
+    ffn_bn: FfnBn
+    options: CalibrationOptions
     images: Iterable[Any]
     amp_dtype: torch.dtype | None
     answers: dict[int, torch.Tensor]
@@ -96,7 +93,7 @@ class Trials:
     total: int
     done: int = 0
 
-    def search(self) -> tuple[Trade, Attempt]:
+    def search(self) -> tuple[BudgetRecord, Attempt]:
         """Return what was tried, and the best of it.
 
         Raises:
@@ -111,7 +108,7 @@ class Trials:
         start = time.perf_counter()
         show = self._within(f"{len(put_back)} LayerNorms put back")
         plan = keep_more(self.original, self.plan, put_back, "stays for the accuracy budget")
-        attempt = Attempt.make(self.original, plan, self.batches, *self.choices, show)
+        attempt = Attempt.make(self.original, plan, self.batches, self.ffn_bn, self.options, show)
         fused = fold_norms(attempt.calibrated, input_size=plan.input_size)
         models = {"original": self.original, "fused": fused}
         first, last = evaluate_models(models, self.images, self.amp_dtype, show, self.total, answers=self.answers)
@@ -128,7 +125,7 @@ class Trials:
     def costs(self, attempt: Attempt | None, sites: Sequence[str]) -> list[SiteCost]:
         """Rank LayerNorms of the original, or of one conversion in which they were put back."""
         model = self.original if attempt is None else attempt.calibrated
-        few = spread(self.batches, IMAGES, BATCH_SIZE)
+        few = self.batches.first(IMAGES)
         return site_costs(model, self.original, self.plan, sites, few, self._within("which LayerNorms cost most"))
 
     def _within(self, what: str) -> Progress:

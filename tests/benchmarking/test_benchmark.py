@@ -331,7 +331,12 @@ def test_command_line(tmp_path):
 def test_command_line_against_a_converted_folder(tmp_path):
     model = normswap.load_model(MODEL)
     batch = torch.randn(8, *timm.models.get_model_input_config(model)["input_size"])
-    normswap.convert(model, [batch], method="channel", atol=1.0).save(tmp_path / "out")
+    normswap.convert(
+        model,
+        [batch],
+        calibration=normswap.CalibrationOptions(method="channel"),
+        evaluation=normswap.EvaluationOptions(atol=1.0),
+    ).save(tmp_path / "out")
     out = f"local-dir:{tmp_path / 'out'}"
     result = run(*CLI, "-b", 1, "--against", out, "--no-onnxruntime")
     assert result.exit_code == 0, result.stderr

@@ -5,15 +5,20 @@ import pytest
 import torch
 from torch import nn
 
-from normswap import calibrate, make_plan, swap_norms
-from normswap.calibration.calibrate import METHODS
+from normswap import (
+    CalibrationOptions,
+    calibrate,
+    make_plan,
+    swap_norms,
+)
+from normswap.calibration.options import METHODS
 
 from ..models import family, images
 
 
 def _calibrated(model: nn.Module, batches, method: str = "channel", ffn_bn: str = "pre-act") -> nn.Module:
     swapped = swap_norms(model, ffn_bn=ffn_bn)  # type: ignore[arg-type]
-    calibrate(swapped, batches, original=model, method=method)
+    calibrate(swapped, batches, original=model, options=CalibrationOptions(method=method))
     return swapped
 
 
@@ -60,7 +65,9 @@ def test_channel_fits_better_than_moments_at_every_first_site():
     model = family("vit", torch.float64)
     fits = {}
     for method in METHODS:
-        fits[method] = calibrate(swap_norms(model), [images(model, 16)], original=model, method=method).sites
+        fits[method] = calibrate(
+            swap_norms(model), [images(model, 16)], original=model, options=CalibrationOptions(method=method)
+        ).sites
     assert fits["channel"][0].r2 > fits["moments"][0].r2
     assert fits["channel"][0] == fits["reconstruct"][0]  # where nothing has been re-solved yet
     assert fits["channel"][0].r2 == pytest.approx(fits["channel"][0].r2_original)
@@ -119,7 +126,10 @@ def test_fit_is_told_for_prefix_and_patch_tokens_apart(name):
     model = family(name, torch.float64)
     x = images(model, 12)
     swapped = swap_norms(model)
-    fits = {fit.site: fit for fit in calibrate(swapped, [x], original=model, method="channel").sites}
+    fits = {
+        fit.site: fit
+        for fit in calibrate(swapped, [x], original=model, options=CalibrationOptions(method="channel")).sites
+    }
     for path, fit in fits.items():
         tokens = _input_of(swapped, path, x)
         wanted, given = model.get_submodule(path)(tokens), swapped.get_submodule(path)(tokens)
@@ -134,7 +144,7 @@ def test_fit_is_told_for_prefix_and_patch_tokens_apart(name):
 def test_without_prefix_tokens_all_are_patches():
     model = family("avg_pool")
     swapped = swap_norms(model)
-    fits = calibrate(swapped, [images(model, 12)], original=model, method="channel").sites
+    fits = calibrate(swapped, [images(model, 12)], original=model, options=CalibrationOptions(method="channel")).sites
     pooled = fits[-1]
     assert pooled.site == "fc_norm"
     assert (pooled.r2_prefix, pooled.r2_patch) == (None, pooled.r2)

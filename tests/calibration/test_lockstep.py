@@ -10,21 +10,31 @@ import timm
 import torch
 from torch import nn
 
-from normswap import ArgumentError, CalibrationError, calibrate, swap_norms
+from normswap import (
+    ArgumentError,
+    CalibrationError,
+    CalibrationOptions,
+    calibrate,
+    swap_norms,
+)
 from normswap.calibration import activation_store as spill
 from normswap.calibration.activation_store import Store, _bytes, parse_bytes
-from normswap.calibration.calibrate import METHODS
+from normswap.calibration.options import METHODS
 from normswap.errors import OutputError
 from normswap.inputs.batches import BATCH_SIZE, rebatched
 from normswap.layers import TokenBatchNorm
+from normswap.progress import no_progress
 from normswap.surgery.swap import batch_norms
 
 from ..models import FAMILY, family, images
 
 
-def _calibrated(model: nn.Module, batches, method: str = "reconstruct", **options) -> dict[str, torch.Tensor]:
+def _calibrated(
+    model: nn.Module, batches, method: str = "reconstruct", memory_budget: int | None = None, progress=no_progress
+) -> dict[str, torch.Tensor]:
     swapped = swap_norms(model)
-    calibrate(swapped, batches, original=model, method=method, **options)
+    options = CalibrationOptions(method=method, memory_budget=memory_budget)
+    calibrate(swapped, batches, model, options, progress)
     return swapped.state_dict()
 
 
@@ -107,7 +117,7 @@ def test_each_image_goes_through_each_model_once(method):
         for path, module in which.named_modules():
             if isinstance(module, nn.LayerNorm | TokenBatchNorm):
                 module.register_forward_hook(lambda *_, key=f"{prefix} {path}": calls.update([key]))
-    calibrate(swapped, [images(model, 5 * BATCH_SIZE)], original=model, method=method)
+    calibrate(swapped, [images(model, 5 * BATCH_SIZE)], original=model, options=CalibrationOptions(method=method))
     assert len(calls) == 12  # 5 LayerNorms, and as many BatchNorms with two more in the FFNs
     assert set(calls.values()) == {5 + 1}  # and once in the export
 
@@ -289,9 +299,9 @@ def test_wrong_arguments():
     model = family("vit")
     swapped = swap_norms(model)
     with pytest.raises(ArgumentError, match="reconstruct, channel, moments"):
-        calibrate(swapped, [images(model)], original=model, method="magic")
+        calibrate(swapped, [images(model)], original=model, options=CalibrationOptions(method="magic"))
     with pytest.raises(ArgumentError, match="all, readers"):
-        calibrate(swapped, [images(model)], original=model, reconstruct="writers")
+        calibrate(swapped, [images(model)], original=model, options=CalibrationOptions(reconstruct="writers"))
     with pytest.raises(ArgumentError, match="no images"):
         calibrate(swapped, [], original=model)
     with pytest.raises(ArgumentError, match=r"\[B, C, H, W\]"):

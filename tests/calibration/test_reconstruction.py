@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from normswap import ArgumentError, calibrate, convert, make_plan, swap_norms
+from normswap import (
+    ArgumentError,
+    CalibrationOptions,
+    EvaluationOptions,
+    calibrate,
+    convert,
+    make_plan,
+    swap_norms,
+)
 from normswap.calibration.attention_refinement import STEPS, Problem
-from normswap.calibration.calibrate import shuffled
-from normswap.calibration.reconstruction import HELD_OUT
 from normswap.calibration.ridge import Gram
-from normswap.inputs.batches import BATCH_SIZE
+from normswap.inputs.batches import BATCH_SIZE, HELD_OUT, ImageBatches
 from normswap.records.report import Calibration
 
 from ..models import FAMILY, family, images
@@ -23,7 +29,7 @@ COUNT = 6 * BATCH_SIZE  # one batch of six is held out, and no layer of the fami
 
 def _calibrated(model: nn.Module, x: torch.Tensor, **options) -> tuple[nn.Module, Calibration]:
     swapped = swap_norms(model, ffn_bn=options.pop("ffn_bn", "pre-act"))
-    return swapped, calibrate(swapped, [x], original=model, **options)
+    return swapped, calibrate(swapped, [x], model, CalibrationOptions(**options))
 
 
 @functools.cache
@@ -79,15 +85,15 @@ def test_more_gradient_steps_leave_less_and_none_are_none():
         steps: min(fit.refined for fit in _calibrated(model, x, refine_steps=steps)[1].layers) for steps in (0, 5, 60)
     }
     assert left[60] < left[5] < left[0] == 1
-    with pytest.raises(ArgumentError, match="refine_steps must not be negative, not -1"):
-        calibrate(swap_norms(model), [x], model, refine_steps=-1)
+    with pytest.raises(ArgumentError, match="`refine_steps` must be 0 or more, not -1"):
+        calibrate(swap_norms(model), [x], model, options=CalibrationOptions(refine_steps=-1))
 
 
 def test_every_batch_is_stepped_on_once_but_few_of_them_more_often(monkeypatch):
     model = _original("dinov2_registers")
     x = images(model, COUNT)
     assert _calibrated(model, x)[1].refine_steps == STEPS
-    batches = list(shuffled([x], BATCH_SIZE))
+    batches = ImageBatches([x], next(model.parameters()))
     monkeypatch.setattr("normswap.calibration.reconstruction.STEPS", 1)
     assert _calibrated(model, x)[1].refine_steps == len(batches) - len(batches) // HELD_OUT > 1
     assert _calibrated(model, x, refine_steps=3)[1].refine_steps == 3
@@ -238,7 +244,7 @@ def test_a_model_with_batch_norm_of_its_own(training):
         model.blocks[1].ls1[0].bn.running_var.uniform_(0.5, 2)
     model.blocks[1].ls1.train(training)
     own = copy.deepcopy(model.blocks[1].ls1.state_dict())
-    result = convert(model, [images(model, COUNT)], atol=1e-2)
+    result = convert(model, [images(model, COUNT)], evaluation=EvaluationOptions(atol=1e-2))
     kept = result.model.blocks[1].ls1
     assert isinstance(kept[0].bn, nn.BatchNorm1d)
     assert all(torch.equal(own[key], value) for key, value in kept.state_dict().items())

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console as RichConsole
 
 import normswap
-from normswap.calibration.calibrate import RECONSTRUCT
 from normswap.calibration.estimators import METHODS
+from normswap.calibration.options import RECONSTRUCT
 from normswap.planning.options import FfnBn
 from normswap_cli.console import Console
 from normswap_cli.main import cli

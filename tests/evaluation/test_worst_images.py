@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from normswap import evaluate_models, load_images
+from normswap import (
+    CalibrationOptions,
+    EvaluationOptions,
+    evaluate_models,
+    load_images,
+)
 from normswap.demo import FOLDER, MODEL
 from normswap.evaluation.worst_images import WorstImages, thumbnail
 from normswap.pipeline.open_model import open_model
@@ -124,7 +129,7 @@ def test_names_are_those_of_the_files_that_were_read():
 
 @pytest.fixture(scope="module")
 def result():
-    return convert(method="channel", worst_images=2)
+    return convert(calibration=CalibrationOptions(method="channel"), evaluation=EvaluationOptions(worst_images=2))
 
 
 def test_a_conversion_reports_them(result):

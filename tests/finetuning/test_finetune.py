@@ -36,7 +36,7 @@ def started(count: int = 160) -> tuple[torch.nn.Module, torch.nn.Module, list]:
     original = normswap.load_model(MODEL)
     batches = list(normswap.load_images(original, FOLDER, "train").draw(count, 0))
     swapped = normswap.swap_norms(original)
-    normswap.calibrate(swapped, batches, original=original, method="channel")
+    normswap.calibrate(swapped, batches, original=original, options=normswap.CalibrationOptions(method="channel"))
     return original, swapped, batches
 
 

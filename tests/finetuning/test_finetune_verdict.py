@@ -75,8 +75,7 @@ def test_mistakes_are_found_before_calibration(start, options, text):
         normswap.convert(
             original,
             batches,
-            finetune_options=chosen,
-            finetune_images=batches,
+            finetune=normswap.FinetuneStage(options=chosen, images=batches),
             progress=lambda *args: said.append(args),
         )
     assert not said
@@ -96,7 +95,7 @@ def test_features_of_a_headless_model_are_no_logits(tmp_path):
     original = family("headless")
     swapped = normswap.swap_norms(original)
     batches = [images(original, 40)]
-    normswap.calibrate(swapped, batches, original=original, method="channel")
+    normswap.calibrate(swapped, batches, original=original, options=normswap.CalibrationOptions(method="channel"))
     held = images(original, 6, seed=5)
     with torch.no_grad():
         answer = original(held)

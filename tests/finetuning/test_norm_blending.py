@@ -19,7 +19,7 @@ def _models():
     model = family("vit", torch.float64)
     swapped = normswap.swap_norms(model)
     x = images(model, 16)
-    normswap.calibrate(swapped, [x], original=model, method="channel")
+    normswap.calibrate(swapped, [x], original=model, options=normswap.CalibrationOptions(method="channel"))
     sites = [path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     return model.eval(), swapped.eval(), x, sites
 
@@ -83,7 +83,7 @@ def test_a_control_moves_with_labels_only():
     assert found.kl_before == 0
     assert found.kl_after > 0
     with pytest.raises(ArgumentError, match="without them the original is its own teacher"):
-        normswap.convert(original, batches, control=True, finetune_options=LEARN)
+        normswap.convert(original, batches, finetune=normswap.FinetuneStage(control=True, options=LEARN))
 
 
 def test_the_table_shows_the_control(tmp_path):

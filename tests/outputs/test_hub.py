@@ -23,7 +23,12 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("push")
     model = family("vit")
     for name, keep in (("whole", []), ("partial", ["norm"])):
-        normswap.convert(model, [images(model, 8)], "channel", keep=keep).save(root / name)
+        normswap.convert(
+            model,
+            [images(model, 8)],
+            calibration=normswap.CalibrationOptions(method="channel"),
+            plan=normswap.make_plan(model, keep=keep),
+        ).save(root / name)
     return root
 
 

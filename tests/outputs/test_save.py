@@ -44,7 +44,7 @@ def test_files(tmp_path):
     model = family("no_qkv_bias")
     result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))])
     out = tmp_path / "deep" / "out"
-    result.save(out, command=["normswap", "convert"])
+    result.save(out, normswap.SaveOptions(command=["normswap", "convert"]))
     files = ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
     assert sorted(p.name for p in out.iterdir()) == files
     config = json.loads((out / "config.json").read_text())
@@ -70,7 +70,7 @@ def test_files(tmp_path):
 def test_partial_conversion_loads_with_normswap(tmp_path):
     model = family("vit")
     model.blocks[0].norm1.eps = 0.25
-    result = convert(model, [images(model, 6)], keep=["blocks.0.*"])
+    result = convert(model, [images(model, 6)], plan=normswap.make_plan(model, keep=["blocks.0.*"]))
     result.save(tmp_path / "out")
     assert "still a LayerNorm" in result.report.stock_timm
     assert "normswap.load" in (tmp_path / "out" / "README.md").read_text()
@@ -140,7 +140,7 @@ def test_a_folder_that_answers_differently_never_appears(tmp_path):
 
     result.model.__class__ = Restless
     with pytest.raises(CheckFailedError, match="differ"):
-        result.save(tmp_path / "out", overwrite=True)
+        result.save(tmp_path / "out", normswap.SaveOptions(overwrite=True))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

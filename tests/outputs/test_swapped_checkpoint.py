@@ -31,7 +31,12 @@ def _written(tmp_path, model: torch.nn.Module, **arguments: object):
 @pytest.mark.parametrize("ffn_bn", ["pre-act", "post-act"])
 def test_round_trip(tmp_path, name, ffn_bn):
     model = family(name)
-    result, loaded = _written(tmp_path, model, ffn_bn=ffn_bn, keep=["blocks.1.norm2"] if FAMILY[name][2] < 13 else [])
+    result, loaded = _written(
+        tmp_path,
+        model,
+        ffn_bn=ffn_bn,
+        plan=normswap.make_plan(model, ["blocks.1.norm2"] if FAMILY[name][2] < 13 else []),
+    )
     x = images(model, 3, seed=9)
     with torch.no_grad():
         expected = result.swapped.eval()(x)
@@ -76,12 +81,12 @@ def test_it_measures_on_images(tmp_path):
     model = family("vit")
     _, loaded = _written(tmp_path, model)
     x = images(model, 6, seed=4)
-    found = fuse(loaded, iter([x]), original=model, atol=1.0)
+    found = fuse(loaded, iter([x]), original=model, evaluation=normswap.EvaluationOptions(atol=1.0))
     assert [stage.name for stage in found.report.stages] == ["original", "swapped", "fused"]
     assert all(stage.n == 6 for stage in found.report.stages)
     assert found.report.stages[1].kl > 0.01  # random statistics
     with pytest.raises(CheckFailedError, match=r"^fused and unfused differ by .* more than --atol 0") as error:
-        fuse(load_swapped(tmp_path / "swapped"), [x], atol=0.0)
+        fuse(load_swapped(tmp_path / "swapped"), [x], evaluation=normswap.EvaluationOptions(atol=0.0))
     assert error.value.report.fold_max_abs_err > 0
 
 
@@ -120,7 +125,7 @@ def _other_verdicts(folder):
 def _other_weights(folder):
     other = family("qk_norm")
     swapped = normswap.swap_norms(other)
-    save_swapped(folder / "other", swapped, other, normswap.make_plan(other), load_swapped(folder).report)
+    save_swapped(folder / "other", normswap.Swapped(swapped, other, normswap.make_plan(other), load_swapped(folder).report))
     (folder / "other" / "swapped.safetensors").rename(folder / "swapped.safetensors")
 
 
@@ -296,7 +301,10 @@ def test_a_budget_is_judged_again_after_fine_tuning_and_fold(tmp_path):
         normswap.finetune_swapped(loaded, original, batches, normswap.FinetuneOptions(batch_size=16))
         assert loaded.report.budget.met is not missed
         loaded.report.budget.met = missed
-        assert fuse(loaded, batches, original=original, atol=1.0).report.budget.met is not missed
+        assert (
+            fuse(loaded, batches, original=original, evaluation=normswap.EvaluationOptions(atol=1.0)).report.budget.met
+            is not missed
+        )
 
 
 def test_images_that_calibration_saw_are_no_judges(swapped, tmp_path):

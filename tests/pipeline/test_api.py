@@ -26,9 +26,9 @@ def test_the_steps_and_convert_are_one_engine():
     x = images(model, 10)
     plan = normswap.make_plan(model)
     swapped = normswap.swap_norms(model, plan, ffn_bn="pre-act")
-    normswap.calibrate(swapped, [x], original=model, method="channel")
+    normswap.calibrate(swapped, [x], original=model, options=normswap.CalibrationOptions(method="channel"))
     fused = normswap.fold_norms(swapped)
-    result = normswap.convert(model, [x], method="channel", ffn_bn="pre-act")
+    result = normswap.convert(model, [x], calibration=normswap.CalibrationOptions(method="channel"), ffn_bn="pre-act")
     assert type(result.model) is type(model)
     assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), result.model.parameters(), strict=True))
     assert not any(isinstance(m, nn.LayerNorm) for m in result.model.modules())
@@ -71,9 +71,10 @@ def test_convert_never_prints_and_tells_its_progress(capfd):
         model,
         (batch for batch in x.split(5)),
         eval_images=([batch, batch.flatten(1).argmax(1) % 7] for batch in x.split(4)),
-        min_agreement=0.0,
-        finetune_options=normswap.FinetuneOptions(epochs=1, batch_size=4),
-        finetune_images=(batch for batch in x.split(6)),
+        budget=normswap.AccuracyBudget(min_agreement=0.0),
+        finetune=normswap.FinetuneStage(
+            options=normswap.FinetuneOptions(epochs=1, batch_size=4), images=(batch for batch in x.split(6))
+        ),
         progress=lambda what, done, total: told.append((what, done, total)),
     )
     assert capfd.readouterr() == ("", "")
@@ -101,21 +102,26 @@ def test_checks_that_fail_carry_the_report():
     model = family("vit")
     data = [(images(model, 10), model(images(model, 10)).argmax(1))]
     with pytest.raises(normswap.CheckFailedError, match="--max-drop") as caught:
-        normswap.convert(model, data, "moments", max_drop=0.0, max_keep=0)
+        normswap.convert(
+            model,
+            data,
+            calibration=normswap.CalibrationOptions(method="moments"),
+            budget=normswap.AccuracyBudget(max_drop=0.0, max_keep=0),
+        )
     assert caught.value.exit_code == 4
     assert caught.value.report.top1_drop > 0
     with pytest.raises(normswap.CheckFailedError, match="in float64 by"):
-        normswap.convert(model, data, atol=0.0)
+        normswap.convert(model, data, evaluation=normswap.EvaluationOptions(atol=0.0))
     with pytest.raises(normswap.CheckFailedError, match="needs labels"):
-        normswap.convert(model, [data[0][0]], max_drop=1.0)
+        normswap.convert(model, [data[0][0]], budget=normswap.AccuracyBudget(max_drop=1.0))
 
 
 def test_wrong_arguments():
     model = family("vit")
     with pytest.raises(normswap.ArgumentError, match="method"):
-        normswap.convert(model, [images(model)], "magic")
+        normswap.convert(model, [images(model)], calibration=normswap.CalibrationOptions(method="magic"))
     with pytest.raises(normswap.ArgumentError, match="all 5 LayerNorms are kept"):
-        normswap.convert(model, [images(model)], keep=["*"])
+        normswap.convert(model, [images(model)], plan=normswap.make_plan(model, keep=["*"]))
     with pytest.raises(normswap.ArgumentError, match="no images"):
         normswap.convert(model, [])
 

@@ -9,7 +9,14 @@ from timm.models.mlp_mixer import GatedMlp, MlpMixer, SpatialGatingBlock
 from torch import nn
 
 from benchmarks.coverage import convert_one, randomise, randomise_statistics
-from normswap import convert, fold_norms, load, make_plan, swap_norms
+from normswap import (
+    EvaluationOptions,
+    convert,
+    fold_norms,
+    load,
+    make_plan,
+    swap_norms,
+)
 from normswap.surgery.fold import created_biases, max_difference
 from normswap.surgery.swap import batch_norms
 
@@ -178,7 +185,7 @@ def test_what_was_folded_into_odd_places_is_saved(tmp_path, name, stock):
     model = _model(name)
     size = ARCHITECTURES[name][2]
     images = torch.randn(8, 3, size, size)
-    result = convert(model, [images], atol=float("inf"))
+    result = convert(model, [images], evaluation=EvaluationOptions(atol=float("inf")))
     result.save(tmp_path / "out")
     assert (result.report.stock_timm is None) == stock
     with torch.no_grad():
@@ -190,7 +197,9 @@ def test_what_was_folded_into_odd_places_is_saved(tmp_path, name, stock):
 
 
 def test_keys_turned_by_a_rotary_embedding_keep_their_shift_in_the_folder(tmp_path):
-    result = convert(_model("EVA, rotary"), [torch.randn(8, 3, 32, 32)], atol=float("inf"))
+    result = convert(
+        _model("EVA, rotary"), [torch.randn(8, 3, 32, 32)], evaluation=EvaluationOptions(atol=float("inf"))
+    )
     result.save(tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert loaded.blocks[0].attn.k_bias.abs().max() > 0

@@ -39,7 +39,7 @@ def _error(converted: nn.Module, original: nn.Module, x: torch.Tensor) -> float:
 
 def _both(model: nn.Module, x: torch.Tensor):
     channel, reconstructed = swap_norms(model), swap_norms(model)
-    calibrate(channel, [x], original=model, method="channel")
+    calibrate(channel, [x], original=model, options=normswap.CalibrationOptions(method="channel"))
     return channel, reconstructed, calibrate(reconstructed, [x], original=model)
 
 

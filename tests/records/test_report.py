@@ -113,7 +113,9 @@ def test_a_conversion_reports_every_site_and_layer(report):
 
 def test_other_methods_have_no_layers():
     model = family("vit")
-    record = normswap.convert(model, [images(model, 8)], "channel").report.to_json()
+    record = normswap.convert(
+        model, [images(model, 8)], calibration=normswap.CalibrationOptions(method="channel")
+    ).report.to_json()
     assert (record["reconstruct"], record["layers"], record["stream"]) == (None, [], [])
     assert len(record["fits"]) == 5
 
@@ -139,7 +141,10 @@ def test_the_card_shows_where_the_model_was_lost(report):
 
 def test_the_card_without_reconstruction():
     model = family("vit")
-    card = model_card(normswap.convert(model, [images(model, 8)], "channel").report, {})
+    card = model_card(
+        normswap.convert(model, [images(model, 8)], calibration=normswap.CalibrationOptions(method="channel")).report,
+        {},
+    )
     assert "residual stream" not in card
     assert "kept their weights" not in card
 

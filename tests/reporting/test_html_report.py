@@ -22,13 +22,13 @@ CONTRAST = 4.5
 
 @pytest.fixture(scope="module")
 def record():
-    return record_of(convert(method="reconstruct"))
+    return record_of(convert(calibration=normswap.CalibrationOptions(method="reconstruct")))
 
 
 @pytest.fixture(scope="module")
 def result():
     """A conversion that is quickly done."""
-    return convert(method="channel")
+    return convert(calibration=normswap.CalibrationOptions(method="channel"))
 
 
 class Elements(HTMLParser):
@@ -114,7 +114,7 @@ def test_a_page_without_most_things(record):
     assert "None were kept." in page
     assert "called from Python" in page
     assert "prefix tokens" not in page
-    headless = record_of(convert("headless", method="channel"))
+    headless = record_of(convert("headless", calibration=normswap.CalibrationOptions(method="channel")))
     page = render_page(headless)
     assert "Cosine similarity of the output" in page
     assert "cosine" in page
@@ -169,7 +169,7 @@ def test_without_jinja_the_folder_comes_without_the_page(result, tmp_path, monke
     assert not (tmp_path / "out" / "report.html").exists()
     assert "report.html" not in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(MissingExtraError, match=r"normswap\[report\]"):
-        result.save(tmp_path / "other", page=True)
+        result.save(tmp_path / "other", normswap.SaveOptions(page=True))
     assert not (tmp_path / "other").exists()
 
 
@@ -179,7 +179,7 @@ def test_the_folder_holds_the_page_that_its_record_gives(result, tmp_path):
     assert (tmp_path / "out" / "report.html").read_text() == render_page(record)
     assert "report.html shows them with pictures" in (tmp_path / "out" / "README.md").read_text()
     assert len(record["thumbnails"]) == len(record["report"]["worst"]) == 8
-    result.save(tmp_path / "bare", page=False)
+    result.save(tmp_path / "bare", normswap.SaveOptions(page=False))
     assert not (tmp_path / "bare" / "report.html").exists()
     assert normswap.load(tmp_path / "bare") is not None
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import normswap
 from normswap.records.budget import SiteCost
 from normswap.records.report import StageMetrics
-from normswap.search.budget import Budget, Search
+from normswap.search.budget import AccuracyBudget, Search
 
 COSTS = st.lists(st.floats(0.01, 10), min_size=2, max_size=40)
 
@@ -19,7 +19,7 @@ def stage(top1: float | None, agreement: float | None = 90.0, n: int = 1000) -> 
     return StageMetrics("model", n, top1, top1, agreement, 0.1, 0.2, 1.0, 0)
 
 
-def searched(budget: Budget, costs: dict[str, float], loss=None):
+def searched(budget: AccuracyBudget, costs: dict[str, float], loss=None):
     """Run the search on a model whose every swapped site costs so many points, and count what it asks for."""
     calls = []
 
@@ -40,7 +40,7 @@ def searched(budget: Budget, costs: dict[str, float], loss=None):
 @given(COSTS, st.floats(0, 50), st.integers(1, 12), st.none() | st.integers(0, 45))
 def test_the_search_keeps_its_promises(costs, max_drop, evaluations, max_keep):
     sites = {f"s{i}": cost for i, cost in enumerate(costs)}
-    trade, result, calls = searched(Budget(max_drop, None, max_keep, evaluations), sites)
+    trade, result, calls = searched(AccuracyBudget(max_drop, None, max_keep, evaluations), sites)
     assert len(trade.trials) == len(calls) <= evaluations
     assert len(set(map(frozenset, calls))) == len(calls), "a conversion was tried twice"
     limit = len(sites) - 1 if max_keep is None else min(max_keep, len(sites) - 1)
@@ -56,7 +56,7 @@ def test_the_search_keeps_its_promises(costs, max_drop, evaluations, max_keep):
 @given(COSTS, st.floats(0.01, 100))
 def test_with_evaluations_enough_it_finds_the_fewest(costs, max_drop):
     sites = {f"s{i}": cost for i, cost in enumerate(costs)}
-    _, result, calls = searched(Budget(max_drop, None, None, 100), sites)
+    _, result, calls = searched(AccuracyBudget(max_drop, None, None, 100), sites)
     by_cost = sorted(costs, reverse=True)
     fewest = next((k for k in range(len(costs)) if sum(by_cost[k:]) <= max_drop - 1e-6), None)
     if fewest is not None:  # sums in another order may differ in their last bit, hence the margin
@@ -67,7 +67,9 @@ def test_with_evaluations_enough_it_finds_the_fewest(costs, max_drop):
 def test_accuracy_that_is_not_monotone_does_no_harm():
     sites = {f"s{i}": 1.0 for i in range(16)}
     # Twelve LayerNorms are worse than eight here, so the bisection is led astray; what it takes still holds.
-    trade, result, _ = searched(Budget(2.0, None, None, 20), sites, lambda k, drop: {8: 1.5, 12: 9.0}.get(k, drop))
+    trade, result, _ = searched(
+        AccuracyBudget(2.0, None, None, 20), sites, lambda k, drop: {8: 1.5, 12: 9.0}.get(k, drop)
+    )
     assert trade.best.drop <= 2.0
     assert len(result) == min(t.put_back for t in trade.trials if t.drop <= 2.0)
 
@@ -75,7 +77,7 @@ def test_accuracy_that_is_not_monotone_does_no_harm():
 def test_what_is_ranked_wrong_is_thinned_out():
     """The first ranking puts a free site first; the ranking of the conversion that holds the budget lets it go."""
     sites = {"free": 0.0, "dear": 5.0, "a": 0.4, "b": 0.4, "c": 0.4}
-    budget = Budget(1.5, None, None, 8)
+    budget = AccuracyBudget(1.5, None, None, 8)
 
     def attempt(put_back):
         drop = sum(cost for site, cost in sites.items() if site not in put_back)
@@ -91,14 +93,14 @@ def test_what_is_ranked_wrong_is_thinned_out():
 
 def test_both_limits_hold_and_the_words_say_which_does_not():
     first = stage(80.0, 100.0)
-    both = Budget(max_drop=1.0, min_agreement=95.0)
+    both = AccuracyBudget(max_drop=1.0, min_agreement=95.0)
     assert both.problem(first, stage(79.0, 95.0)) is None
     assert both.problem(first, stage(78.0, 96.0)) == "top-1 fell by 2.00 points, more than --max-drop 1"
     assert both.problem(first, stage(80.0, 94.0)) == "94.00 % same answers, fewer than --min-agreement 95"
     assert " and " in both.problem(first, stage(70.0, 80.0))
     assert both.shortfall(first, stage(78.0, 80.0)) == pytest.approx(15)
     # Exactly the budget is within it, whatever binary fractions make of 76.7 - 75.7.
-    assert Budget(max_drop=1.0).problem(stage(76.7), stage(75.7)) is None
+    assert AccuracyBudget(max_drop=1.0).problem(stage(76.7), stage(75.7)) is None
 
 
 def test_the_bound_on_the_error_bounds_the_error():
@@ -110,18 +112,18 @@ def test_the_bound_on_the_error_bounds_the_error():
     lost, won, other = kind < 0.06, (kind >= 0.06) & (kind < 0.08), (kind >= 0.08) & (kind < 0.12)
     spread_of_drop = float((100 * (lost.double() - won.double()).mean(1)).std())
     agreement = 100 * float(1 - (lost | won | other).double().mean())
-    trial = Budget(max_drop=1.0).trial([], 0, stage(80.0, 100.0, n), stage(76.0, agreement, n), 1.0)
+    trial = AccuracyBudget(max_drop=1.0).trial([], 0, stage(80.0, 100.0, n), stage(76.0, agreement, n), 1.0)
     assert 0.5 * trial.error < spread_of_drop < trial.error
 
 
 @pytest.mark.parametrize(
     ("budget", "word"),
     [
-        (Budget(max_drop=float("nan")), "nan"),
-        (Budget(min_agreement=101.0), "--min-agreement"),
-        (Budget(max_drop=1.0, max_keep=-1), "--max-keep"),
-        (Budget(max_drop=1.0, max_evaluations=0), "--max-evaluations"),
-        (Budget(max_keep=3), "goes with --max-drop"),
+        (AccuracyBudget(max_drop=float("nan")), "nan"),
+        (AccuracyBudget(min_agreement=101.0), "--min-agreement"),
+        (AccuracyBudget(max_drop=1.0, max_keep=-1), "--max-keep"),
+        (AccuracyBudget(max_drop=1.0, max_evaluations=0), "--max-evaluations"),
+        (AccuracyBudget(max_keep=3), "goes with --max-drop"),
     ],
 )
 def test_budgets_that_cannot_be_meant(budget, word):

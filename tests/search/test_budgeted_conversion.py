@@ -29,7 +29,13 @@ def digits():
 @pytest.fixture(scope="module")
 def budgeted(digits):
     model, calibration, labelled = digits
-    return normswap.convert(model, calibration, "channel", eval_images=labelled, max_drop=2.0, max_evaluations=3)
+    return normswap.convert(
+        model,
+        calibration,
+        calibration=normswap.CalibrationOptions(method="channel"),
+        eval_images=labelled,
+        budget=normswap.AccuracyBudget(max_drop=2.0, max_evaluations=3),
+    )
 
 
 def test_a_budget_that_is_missed_puts_layer_norms_back(budgeted, digits):
@@ -86,7 +92,7 @@ def test_kept_norms_export_to_onnx(budgeted, digits, tmp_path):
 
 def test_a_budget_that_holds_costs_no_search():
     model = family("vit")
-    report = normswap.convert(model, [images(model, 12)], min_agreement=0.0).report
+    report = normswap.convert(model, [images(model, 12)], budget=normswap.AccuracyBudget(min_agreement=0.0)).report
     assert len(report.budget.trials) == 1
     assert report.budget.met
     assert report.budget.costs == []
@@ -98,11 +104,10 @@ def test_agreement_needs_no_labels_and_a_generator_will_do(digits):
     result = normswap.convert(
         model,
         iter(calibration),
-        "channel",
+        calibration=normswap.CalibrationOptions(method="channel"),
         eval_images=(x for x, _ in labelled),
-        min_agreement=97.0,
-        max_evaluations=2,
-        keep=["norm"],
+        budget=normswap.AccuracyBudget(min_agreement=97.0, max_evaluations=2),
+        plan=normswap.make_plan(model, keep=["norm"]),
     )
     trade = result.report.budget
     assert result.report.stages[-1].agreement >= 97
@@ -120,7 +125,13 @@ def test_fine_tuning_comes_after_the_search_and_counts():
     data = [(x, model(x).argmax(1))]
     options = normswap.FinetuneOptions(epochs=1, lr=1e-9, batch_size=4)
     with pytest.raises(normswap.CheckFailedError) as caught:
-        normswap.convert(model, data, "channel", max_drop=-1.0, max_keep=1, finetune_options=options)
+        normswap.convert(
+            model,
+            data,
+            calibration=normswap.CalibrationOptions(method="channel"),
+            budget=normswap.AccuracyBudget(max_drop=-1.0, max_keep=1),
+            finetune=options,
+        )
     report = caught.value.report
     assert [s.name for s in report.stages] == ["original", "swapped", "calibrated", "finetuned", "fused"]
     assert report.finetuning.steps > 0
@@ -182,7 +193,12 @@ def test_agreement_of_a_model_without_classes_is_refused_before_calibration():
     model = family("headless")
     said = []
     with pytest.raises(normswap.ArgumentError, match="needs a model with classes"):
-        normswap.convert(model, [images(model, 6)], min_agreement=90, progress=lambda what, *_: said.append(what))
+        normswap.convert(
+            model,
+            [images(model, 6)],
+            budget=normswap.AccuracyBudget(min_agreement=90),
+            progress=lambda what, *_: said.append(what),
+        )
     assert not said
 
 

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 import normswap
 from normswap.evaluation.evaluate import evaluate_models
+from normswap.inputs.batches import ImageBatches
 from normswap.planning.plan import keep_more
-from normswap.search.sensitivity import site_costs, spread
+from normswap.search.sensitivity import site_costs
 from normswap.surgery.swap import batch_norms, swap_norms
 
 from ..models import family, images
@@ -57,7 +58,7 @@ def test_costs_in_a_conversion_leave_its_batch_norms_alone():
     plan = normswap.make_plan(model)
     part = keep_more(model, plan, ["blocks.1.norm1", "norm"], "stays")
     swapped = swap_norms(model, part)
-    normswap.calibrate(swapped, [x], model, "channel")
+    normswap.calibrate(swapped, [x], model, options=normswap.CalibrationOptions(method="channel"))
     before = {k: v.clone() for k, v in swapped.state_dict().items()}
     costs = site_costs(swapped, model, plan, ["blocks.1.norm1", "norm"], [x])
     whole = evaluate_models({"original": model, "swapped": swapped}, [x])[-1].kl
@@ -67,10 +68,12 @@ def test_costs_in_a_conversion_leave_its_batch_norms_alone():
 
 
 def test_ranking_looks_at_images_from_everywhere():
-    batches = list(torch.arange(100.0).reshape(-1, 1, 1, 1).split(30))  # [100] -> [100, 1, 1, 1]
-    chosen = torch.cat(spread(batches, 10, 4)).flatten()
-    assert chosen.tolist() == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
-    assert len(torch.cat(spread(batches, 1000, 64))) == 100
+    sorted_by_class = torch.arange(100.0).reshape(-1, 1, 1, 1)  # [100] -> [100, 1, 1, 1]
+    batches = ImageBatches([sorted_by_class], sorted_by_class)
+    chosen = torch.cat(batches.first(30)).flatten()
+    assert len(set(chosen.tolist())) == 30
+    assert {int(value) // 10 for value in chosen} == set(range(10))
+    assert sorted(torch.cat(batches.first(1000)).flatten().tolist()) == list(range(100))
 
 
 def test_more_kept_sites_keep_their_reasons():
@@ -78,7 +81,7 @@ def test_more_kept_sites_keep_their_reasons():
     plan = normswap.make_plan(model, keep=["blocks.0.norm1"])
     more = keep_more(model, plan, ["blocks.1.norm2"], "stays for a test")
     reasons = {site.path: site.reason for site in more.sites if site.verdict == "keep"}
-    assert reasons == {"blocks.0.norm1": "excluded by --keep", "blocks.1.norm2": "stays for a test"}
+    assert reasons == {"blocks.0.norm1": "excluded by a keep pattern", "blocks.1.norm2": "stays for a test"}
     assert keep_more(model, plan, [], "nothing") is plan
     assert [s for s in more.sites if s.verdict != "keep"] == [
         s for s in plan.sites if s.path not in ("blocks.0.norm1", "blocks.1.norm2")

@@ -1,0 +1,77 @@
+"""What `convert` and `fuse` are told beyond model and images. Imports no torch: the command line reads it too."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ArgumentError
+from ..finetuning.options import FinetuneOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How a result is measured, checked and described.
+
+    Attributes:
+        atol: largest absolute difference of an output that the fold may cause.
+        amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
+        worst_images: how many of the evaluation images that changed most go into the report, as small pictures.
+        name: what to call the model in the report; default: timm's name of the architecture.
+    """
+
+    atol: float = 1e-3
+    amp_dtype: "torch.dtype | None" = None
+    worst_images: int = 8
+    name: str | None = None
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises:
+            ArgumentError: a number out of its range.
+        """
+        if math.isnan(self.atol) or self.atol < 0:
+            raise ArgumentError(f"`atol` must be 0 or more, not {self.atol}")
+        if self.worst_images < 0:
+            raise ArgumentError(f"`worst_images` must be 0 or more, not {self.worst_images}")
+
+
+@dataclass(frozen=True)
+class FinetuneStage:
+    """Fine-tuning as a stage of `convert`: how, on what, and where its state is kept.
+
+    Attributes:
+        options: how to train.
+        images: what to train on, in the form of the calibration images; default: these themselves, one in ten of
+            which is then held out of calibration and training and decides whether training was a gain.
+        held_out: images that decide instead, see `normswap.finetune`.
+        state: file that keeps the state of the run; ``resume`` continues from it.
+        control: also fine-tune a copy of the unconverted model alike, as stage "control": what training alone gains.
+    """
+
+    options: FinetuneOptions = field(default_factory=FinetuneOptions)
+    images: Iterable[Any] | None = None
+    held_out: Iterable[Any] | None = None
+    state: str | Path | None = None
+    resume: bool = False
+    control: bool = False
+
+    def check(self) -> None:
+        """Refuse invalid values.
+
+        Raises:
+            ArgumentError: see `FinetuneOptions.check`; also a run to resume without its state, or a control without
+                labels.
+        """
+        self.options.check()
+        if self.resume and self.state is None:
+            raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+        if self.control and self.options.labels == 0:
+            raise ArgumentError(
+                "`control` needs fine-tuning on labels; without them the original would be its own teacher"
+            )

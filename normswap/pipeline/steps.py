@@ -1,0 +1,322 @@
+"""The steps of `convert`, in their order; each takes the work at hand one step further."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.options import CalibrationOptions
+from ..errors import ArgumentError, CheckFailedError
+from ..evaluation.evaluate import evaluate_models
+from ..evaluation.worst_images import WorstImages
+from ..finetuning.finetune import check_images, finetune
+from ..finetuning.holdout import hold_out
+from ..inputs.batches import ImageBatches
+from ..inputs.dataset import ImageSet, describe
+from ..model_utils import eval_mode, has_classes, meta_copy
+from ..outputs.save import describe_edits
+from ..planning.options import FfnBn
+from ..planning.plan import Plan, make_plan
+from ..progress import Progress
+from ..records.budget import BudgetRecord
+from ..records.report import ConversionReport, Finetuning
+from ..search.budget import NO_HEAD, AccuracyBudget
+from ..search.trials import Attempt, Trials
+from ..surgery.fold import created_biases, fold_norms, max_difference
+from .checks import fold_problem, pictured
+from .conversion import Conversion
+from .options import EvaluationOptions, FinetuneStage
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `convert` was asked for; see there."""
+
+    model: nn.Module
+    images: Iterable[Any]
+    eval_images: Iterable[Any] | None
+    plan: Plan | None
+    ffn_bn: FfnBn
+    calibration: CalibrationOptions
+    budget: AccuracyBudget
+    finetune: FinetuneStage | None
+    evaluation: EvaluationOptions
+    progress: Progress
+
+    def check(self) -> None:
+        """Refuse invalid arguments, before any image is read.
+
+        Raises:
+            ArgumentError: what is wrong with which.
+        """
+        self.calibration.check()
+        self.budget.check()
+        self.evaluation.check()
+        if self.finetune is not None:
+            self.finetune.check()
+        if self.budget.min_agreement is not None and not has_classes(self.model):
+            raise ArgumentError(NO_HEAD)
+
+
+class Clock:
+    """Wall-clock seconds per named step."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+
+
+@dataclass
+class Work:
+    """A conversion under way.
+
+    Attributes:
+        request: what was asked for.
+        original: the model in eval mode.
+        plan: what becomes of each LayerNorm; the search may keep some more.
+        batches: calibration images, in the dtype and on the device of the model.
+        calibration_data: which images these are, in words.
+        source, named: what is evaluated on, and the same as the set that names its images.
+        source_data: which images these are, in words; None until they are counted.
+        training, held_out: images of the fine-tuning; None without.
+        clock: seconds per step.
+        outputs: of the original on the evaluation images, by number of the batch, where the search has them.
+        attempt: the calibrated conversion.
+        budget: the record of the search; None without one.
+        trained: calibrated, and fine-tuned if that was asked for; not folded.
+        finetuning: the record of the fine-tuning.
+        controls: the fine-tuned copy of the unconverted model, by stage name.
+        fused, difference: the folded model, and by how much its outputs differ from those of ``trained``.
+        report, thumbnails: what was measured, and pictures of the images that changed most.
+    """
+
+    request: Request
+    original: nn.Module
+    plan: Plan
+    batches: ImageBatches
+    calibration_data: str
+    source: Iterable[Any]
+    named: Iterable[Any]
+    source_data: str | None
+    training: Iterable[Any] | None
+    held_out: list[Any] | None
+    clock: Clock
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    attempt: Attempt = field(init=False)
+    budget: BudgetRecord | None = None
+    trained: nn.Module = field(init=False)
+    finetuning: Finetuning | None = None
+    controls: dict[str, nn.Module] = field(default_factory=dict)
+    fused: nn.Module = field(init=False)
+    difference: float = field(init=False)
+    report: ConversionReport = field(init=False)
+    thumbnails: list[str] = field(init=False)
+
+    @property
+    def total(self) -> int:
+        """How many evaluation images there will be, for the progress."""
+        return len(self.source) if isinstance(self.source, ImageSet) else self.batches.image_count
+
+
+def prepared(request: Request) -> Work:
+    """Check the arguments, read the calibration images, plan, and run the original over them once."""
+    request.check()
+    model, stage = request.model, request.finetune
+    weight = next(model.parameters())
+    items = list(request.images)
+    held_out = list(stage.held_out) if stage is not None and stage.held_out is not None else None
+    parted = stage is not None and stage.images is None and held_out is None
+    if stage is not None and parted:
+        items, held_out = hold_out(items, stage.options.seed)
+    batches = ImageBatches(items, weight)
+    training = None
+    if stage is not None:
+        training = items if stage.images is None else stage.images
+        check_images(training, weight, stage.options, held_out is not None)
+    plan = request.plan or make_plan(model, input_size=batches.input_size)
+    if tuple(plan.input_size) != batches.input_size:  # padding, and with it a fold, may depend on the size
+        raise ArgumentError(f"the plan is for images of {list(plan.input_size)}, these are {list(batches.input_size)}")
+    if not plan.swapped_sites:
+        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
+    source: Iterable[Any] = items
+    named = items if parted else request.images
+    if request.eval_images is not None:
+        source = named = request.eval_images
+    counted = request.eval_images is None or isinstance(named, ImageSet)
+    # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
+    original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
+    work = Work(
+        request,
+        original,
+        plan,
+        batches,
+        calibration_data=describe(items if parted else request.images, batches.image_count),
+        source=source,
+        named=named,
+        source_data=describe(named, batches.image_count) if counted else None,
+        training=training,
+        held_out=held_out,
+        clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
+    )
+    with eval_mode(model), torch.no_grad(), work.clock("forward_pass"):
+        for i, batch in enumerate(batches):
+            request.progress("forward pass", i + 1, len(batches))
+            model(batch)
+    return work
+
+
+def calibrated(work: Work) -> None:
+    """Swap and calibrate; where a budget is to be held, as often as the search wants."""
+    request = work.request
+    if request.budget.limit(len(work.plan.swapped_sites)):
+        if isinstance(work.source, Iterator):  # it is gone through more than once
+            work.source = list(work.source)
+        trials = Trials(
+            request.budget,
+            work.original,
+            work.plan,
+            work.batches,
+            request.ffn_bn,
+            request.calibration,
+            work.source,
+            request.evaluation.amp_dtype,
+            work.outputs,
+            request.progress,
+            work.total,
+        )
+        with work.clock("search"):
+            work.budget, work.attempt = trials.search()
+    else:
+        work.attempt = Attempt.make(
+            work.original, work.plan, work.batches, request.ffn_bn, request.calibration, request.progress
+        )
+    work.plan = work.attempt.plan
+    work.clock.seconds["calibrate"] = work.attempt.seconds
+    work.trained = work.attempt.calibrated
+
+
+def finetuned(work: Work) -> None:
+    """Fine-tune a copy of the calibrated model, and one of the original if a control was asked for."""
+    stage, progress = work.request.finetune, work.request.progress
+    if stage is None or work.training is None:
+        return
+    work.trained = copy.deepcopy(work.attempt.calibrated)
+    training, held_out = work.training, work.held_out
+    if stage.control:
+        training = list(training)  # it is gone through twice
+        control = copy.deepcopy(work.original)
+        with work.clock("control"):
+            finetune(control, training, work.original, stage.options, held_out=held_out, progress=progress)
+        work.controls = {"control": control}
+    with work.clock("finetune"):
+        work.finetuning = finetune(
+            work.trained,
+            training,
+            work.original,
+            stage.options,
+            held_out=held_out,
+            state=stage.state,
+            resume=stage.resume,
+            progress=progress,
+        )
+
+
+def folded(work: Work) -> None:
+    """Fold every BatchNorm, and compare the outputs before and after on the calibration images."""
+    with work.clock("fold"):
+        work.fused = fold_norms(work.trained, input_size=work.plan.input_size)
+        work.difference = max_difference(work.trained, work.fused, work.batches)
+
+
+def measured(work: Work) -> None:
+    """Measure every stage on the evaluation images, and write the report."""
+    request, evaluation = work.request, work.request.evaluation
+    work.report = report = _report(work)
+    stages = {"original": work.original, **work.controls, "swapped": work.attempt.swapped}
+    stages["calibrated"] = work.attempt.calibrated
+    stages |= ({"finetuned": work.trained} if work.finetuning is not None else {}) | {"fused": work.fused}
+    worst = WorstImages(evaluation.worst_images)
+    known = work.outputs if work.budget else None
+    with work.clock("evaluate"):
+        report.stages = evaluate_models(
+            stages, work.source, evaluation.amp_dtype, request.progress, work.total, worst, known
+        )
+    if work.source_data is None:
+        report.evaluation_data = describe(work.source, report.stages[0].n)
+    report.worst, work.thumbnails = pictured(worst, work.named, request.model)
+    sets = [images for images in (request.images, request.eval_images) if isinstance(images, ImageSet)]
+    report.skipped_images = sorted({name for images in sets for name in images.skipped})
+
+
+def _report(work: Work) -> ConversionReport:
+    request, fitted, plan = work.request, work.attempt.fitted, work.plan
+    method = request.calibration.method
+    rows = plan.to_json(request.ffn_bn)
+    return ConversionReport(
+        model=request.evaluation.name or plan.model,
+        architecture=plan.model,
+        method=method,
+        ffn_bn=request.ffn_bn,
+        calib_samples=work.batches.image_count,
+        sites=plan.counts(request.ffn_bn),
+        plan=rows["sites"],
+        ffns=rows["ffns"],
+        calibration_data=work.calibration_data,
+        evaluation_data=work.source_data or "",
+        fits=fitted.sites,
+        layers=fitted.layers,
+        stream=fitted.stream,
+        reconstruct=request.calibration.reconstruct if method == "reconstruct" else None,
+        refine_steps=fitted.refine_steps,
+        finetuning=work.finetuning,
+        budget=work.budget,
+        fold_max_abs_err=work.difference,
+        created_biases=created_biases(work.original, work.fused),
+        seconds=work.clock.seconds,
+    )
+
+
+def checked(work: Work) -> Conversion:
+    """Return the conversion if everything that was promised holds.
+
+    Raises:
+        CheckFailedError: the fold is not exact, or the accuracy budget is not met.
+    """
+    request, report = work.request, work.report
+    budget, atol = request.budget, request.evaluation.atol
+    if not work.difference <= atol:
+        problem = fold_problem(work.trained, work.batches, work.plan, work.difference, atol)
+        raise CheckFailedError(f"{problem}: not saved", report)
+    work.fused.train(request.model.training)
+    conversion = Conversion(
+        work.fused,
+        report,
+        work.plan,
+        work.trained,
+        describe_edits(work.original, work.fused),
+        work.batches[0],
+        meta_copy(work.original),
+        work.thumbnails,
+    )
+    first, last = report.stages[0], report.stages[-1]
+    missing = budget.missing(last)
+    if missing is not None:
+        raise CheckFailedError(f"{missing}: not saved", report)
+    problem_ = budget.problem(first, last)
+    if work.budget is not None:
+        work.budget.met = problem_ is None
+    if problem_ is not None:
+        search = work.budget
+        tried = f", the best of {len(search.trials)} tries with at most {search.max_keep} put back" if search else ""
+        raise CheckFailedError(f"{problem_}{tried}", report, conversion)
+    return conversion
