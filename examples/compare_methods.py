@@ -30,7 +30,7 @@ def main(name: str, data_dir: str, samples: int) -> None:
         fused = normswap.fold_norms(swapped)
         folds[f"`{method}`"] = max_difference(swapped, fused, batches)
         models[f"`{method}`"] = fused
-    print("| BatchNorm set by | top-1 % | top-5 % | same answer % | KL | worst KL | fold error |")
+    print("| BatchNorm set by | top-1 % | top-5 % | agreement % | KL | worst KL | fold error |")
     print("|---|---|---|---|---|---|---|")
     for stage in normswap.evaluate_models(models, evaluation):
         error = f"{folds[stage.name]:.1e}" if stage.name in folds else "-"

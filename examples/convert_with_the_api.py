@@ -24,7 +24,7 @@ def main(name: str, data_dir: str, out: str) -> None:
     validation = normswap.load_images(model, data_dir, "validation")
     result = normswap.convert(model, images, eval_images=validation)
     for stage in result.report.stages:
-        print(f"{stage.name:<10} top-1 {stage.top1:6.2f} %   same answer {stage.agreement:6.2f} %   KL {stage.kl:.4f}")
+        print(f"{stage.name:<10} top-1 {stage.top1:6.2f} %   agreement {stage.agreement:6.2f} %   KL {stage.kl:.4f}")
     print(f"the fold moved no output by more than {result.report.fold_max_abs_err:.1e}")
     result.save(out)
 

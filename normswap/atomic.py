@@ -53,7 +53,7 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
     """
     check_target(target, overwrite, protect)
     sweep(target)
-    staging = beside(target)
+    staging = _beside(target)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -70,23 +70,6 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
         shutil.rmtree(staging, ignore_errors=True)  # after an exchange this is the old folder
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file that is whole at every moment: beside, synced, renamed.
-
-    Raises:
-        OutputError: it cannot be written; what stood there still stands.
-    """
-    staging = beside(path)
-    try:
-        staging.write_text(text, encoding="utf-8")
-        _sync_path(staging)
-        os.replace(staging, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        staging.unlink(missing_ok=True)
-
-
 def check_file(target: Path, overwrite: bool) -> None:
     """Raise before any work is done if ``target`` cannot become a new file.
 
@@ -97,7 +80,7 @@ def check_file(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_file()):
         raise ArgumentError(f"{target}: is not a file; choose another output")
     if target.exists() and not overwrite:
-        raise ArgumentError(f"{target}: is there already; choose another output, or replace it with --overwrite")
+        raise ArgumentError(f"{target}: is there already; choose another output, or replace it with `overwrite`")
     _check_parent(target)
 
 
@@ -113,7 +96,7 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_file(target, overwrite)
     sweep(target)
-    staging = beside(target)
+    staging = _beside(target)
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -133,6 +116,16 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Write a text file, in UTF-8, in the place of what stands there.
+
+    Raises:
+        ArgumentError, OutputError: see `new_file`.
+    """
+    with new_file(path, overwrite=True) as file:
+        file.write_text(text, encoding="utf-8", newline="")
+
+
 def _check_parent(target: Path) -> None:
     nearest = next(parent for parent in target.absolute().parents if parent.exists())
     if not nearest.is_dir():
@@ -143,7 +136,7 @@ def _check_parent(target: Path) -> None:
 
 def _refuse_files(target: Path, overwrite: bool) -> None:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ArgumentError(f"{target}: not empty; choose another output, or replace it with --overwrite")
+        raise ArgumentError(f"{target}: not empty; choose another output, or replace it with `overwrite`")
 
 
 def _prefix(target: Path) -> str:
@@ -191,7 +184,7 @@ def _recover(target: Path) -> None:
         aside.rename(target)
 
 
-def beside(target: Path) -> Path:
+def _beside(target: Path) -> Path:
     """Return where this process writes what is to become ``target``."""
     return target.parent / f"{_prefix(target)}{os.getpid()}"
 

@@ -3,10 +3,39 @@
 Each class also is the builtin that Python users would catch, so that ``except ValueError`` keeps working.
 """
 
+import textwrap
+
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_REFUSED = 3
 EXIT_CHECK_FAILED = 4
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something; the class's name if there is none.
+
+    >>> first_line(RuntimeError("\\n  size mismatch\\n  for head.weight"))
+    'size mismatch'
+    >>> first_line(KeyError())
+    'KeyError'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: BaseException, width: int = 300) -> str:
+    """Return the whole text of an error in one line, shortened between words; the class's name if there is none.
+
+    >>> one_line(RuntimeError("size mismatch\\n  for head.weight"))
+    'size mismatch for head.weight'
+    """
+    return textwrap.shorten(str(error), width, placeholder=" ...") or type(error).__name__
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the error at the bottom of a chain of causes: the one that says what happened."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class NormswapError(Exception):
@@ -16,7 +45,7 @@ class NormswapError(Exception):
 
 
 class ArgumentError(NormswapError, ValueError):
-    """An argument that cannot be meant: a missing path, an unknown name, an output that is in the way."""
+    """An invalid argument: a missing path, an unknown name, an output that is in the way."""
 
     exit_code = EXIT_USAGE
 

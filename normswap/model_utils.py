@@ -12,6 +12,21 @@ from torch import nn
 from .errors import ArgumentError
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return half-precision values as float32 and others as they are, since half-precision sums are useless."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def find_tensor(model: nn.Module, name: str) -> torch.Tensor | None:
+    """Return the parameter or buffer of that dotted name; None where the module has the attribute, but no tensor in it.
+
+    >>> find_tensor(nn.Sequential(nn.Linear(2, 3, bias=False)), "0.bias") is None
+    True
+    """
+    path, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(path), attribute)
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Return, for each parameter or buffer that shares its memory with others, their names."""
     names: dict[int, list[str]] = {}

@@ -26,6 +26,24 @@ def table(
     return result
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> list[str]:
+    """Return the lines of a Markdown table; the columns named in ``right`` are aligned to the right.
+
+    >>> print(*markdown(["model", "top-1 %"], [["vit", "74.40"]], right=["top-1 %"]), sep="\\n")
+    | model | top-1 % |
+    |---|---:|
+    | vit | 74.40 |
+    """
+    aligned = set(right)
+    head = [f"| {' | '.join(columns)} |", f"|{'|'.join('---:' if c in aligned else '---' for c in columns)}|"]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def sentence(text: str) -> str:
+    """Return the text with a capital letter at its start."""
+    return text[:1].upper() + text[1:]
+
+
 def render(renderable: Table, width: int = 120) -> str:
     """Return a table as plain text of at most ``width`` columns."""
     console = Console(width=width, file=io.StringIO(), color_system=None, legacy_windows=False)

@@ -108,7 +108,7 @@ def test_a_name_with_pattern_characters(tmp_path):
 def test_overwrite_replaces_everything(target):
     write(target, "old")
     (target / "old-only").touch()
-    with pytest.raises(ArgumentError, match=r"not empty.*--overwrite"):
+    with pytest.raises(ArgumentError, match=r"not empty.*`overwrite`"):
         write(target, "new")
     assert (target / "a").read_text() == "old"
     write(target, "new", overwrite=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, BenchmarkError, MissingExtraError
+from ..errors import ArgumentError, BenchmarkError, MissingExtraError, one_line
 from ..inputs.batches import rebatched
 from ..model_utils import resolve_input_size
 from ..progress import Progress, no_progress
@@ -77,7 +77,7 @@ def benchmark_models(
         progress: called with ("benchmark: what", turns done, turns in all).
 
     Raises:
-        ArgumentError: an argument that cannot be meant, or models that answer in different shapes.
+        ArgumentError: an invalid argument, or models that answer in different shapes.
         NoLayerNormError, ModelRefusedError, CalibrationError, FoldError: without ``fused``, see `make_plan` and others.
         BenchmarkError: an engine cannot run a model.
         MissingExtraError: ONNX Runtime is not installed.
@@ -207,8 +207,7 @@ def _told(where: str) -> Iterator[None]:
     except (BenchmarkError, MissingExtraError):
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {text}") from error
+        raise BenchmarkError(f"{where}: cannot be run: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _timed(
@@ -266,7 +265,7 @@ def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, devi
     if clock not in ("wall", "cpu"):
         raise ArgumentError(f"the clock is wall or cpu, not {clock!r}")
     if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
-        raise ArgumentError("CPU time tells how fast a model is on one thread of a CPU only: --threads 1 --device cpu")
+        raise ArgumentError("CPU time measures a model on one thread of a CPU only: set one thread, and `device` cpu")
 
 
 def _device_name(device: torch.device) -> str:

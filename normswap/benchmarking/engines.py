@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import BenchmarkError, MissingExtraError
-from ..planning.graph import quiet
+from ..errors import BenchmarkError, MissingExtraError, one_line
+from ..exporting.onnx_file import EXTRA_ONNX, open_session, write_onnx
+from ..planning.graph import export_program
 from .timing import Step
 
 EAGER, COMPILE, ONNXRUNTIME = "eager", "compile", "onnxruntime"
@@ -37,7 +38,7 @@ class Runnable:
 
 def has_onnxruntime() -> bool:
     """Return whether the packages of the extra [onnx] are installed."""
-    return all(find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
+    return all(find_spec(package) for package in EXTRA_ONNX)
 
 
 def check_engine(engine: str, device: torch.device, dtype: torch.dtype, amp_dtype: torch.dtype | None = None) -> None:
@@ -163,14 +164,6 @@ def _activations(step: Step, device: torch.device) -> int:
 
 def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path, flush: bool) -> Runnable:
     """Return the model on ONNX Runtime, on as many threads as torch has, or on the images' GPU."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)  # errors
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    if flush:
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     device = images.device
     provider: Any = "CPUExecutionProvider"
     if device.type == "cuda":
@@ -179,11 +172,10 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path, flush: bo
         provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0), "user_compute_stream": stream})
     path = folder / "model.onnx"
     try:
-        _export(model, images, path)
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        write_onnx(export_program(model, images.contiguous()), path)
+        session = open_session(path, provider, flush=flush)
     except Exception as error:  # the exporter and the runtime have dozens of kinds
-        text = " ".join(str(error).split())[:200]
-        raise BenchmarkError(f"ONNX Runtime cannot run it: {type(error).__name__}: {text}") from error
+        raise BenchmarkError(f"ONNX Runtime cannot run it: {type(error).__name__}: {one_line(error)}") from error
     source, target = session.get_inputs()[0].name, session.get_outputs()[0].name
     with torch.no_grad():
         output = torch.empty_like(model(images))  # of the GPU's step
@@ -197,7 +189,7 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path, flush: bo
 
     def move() -> None:
         nonlocal session
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        session = open_session(path, provider, flush=flush)
         if device.type == "cuda":
             bind()
 
@@ -210,9 +202,3 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor, folder: Path, flush: bo
         return Runnable(on_gpu, move, lambda: None)
     pixels = images.numpy()
     return Runnable(lambda: session.run(None, {source: pixels})[0], move, lambda: None)
-
-
-def _export(model: nn.Module, images: torch.Tensor, path: Path) -> None:
-    with quiet():
-        program: Any = torch.onnx.export(model, (images.contiguous(),), dynamo=True, verbose=False)
-        program.save(path, external_data=True)  # any size

@@ -2,14 +2,13 @@
 
 import csv
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from ..errors import OutputError
+from ..atomic import new_file
 from ..records.provenance import versions
 from ..tables import number, table
 from .timing import Spread, is_drowned, speedups, spread
@@ -121,22 +120,13 @@ class Benchmark:
         """Write `rows` as a CSV file, whole or not at all.
 
         Raises:
-            OutputError: it cannot be written.
+            ArgumentError, OutputError: see `normswap.atomic.new_file`.
         """
-        path, rows = Path(path), self.rows()
-        check_file(path)
-        beside = path.with_name(f".{path.name}.normswap-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(beside, path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            beside.unlink(missing_ok=True)
+        rows = self.rows()
+        with new_file(Path(path), overwrite=True) as file, open(file, "w", newline="", encoding="utf-8") as text:
+            writer = csv.DictWriter(text, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
     def table(self) -> Table:
         """Return the timings as a table."""
@@ -178,19 +168,12 @@ class Benchmark:
         if is_drowned(gain, noise):
             text += (
                 f"; WARNING: no larger than the spread ({100 * gain.width:.1f} points) or than the difference of two "
-                f"copies of the original ({100 * noise:.1f} %): more --rounds, or a quieter machine"
+                f"copies of the original ({100 * noise:.1f} %): more `rounds`, or a quieter machine"
             )
         behind = 100 * (1 - self.ratio(engine, batch_size, FUSED, BOUND).median)
         if self.is_slower(engine, batch_size, BOUND):
             return f"{text}; {behind:.1f} % behind the norm-free bound"
         return f"{text}; within noise of the norm-free bound"
-
-
-def check_file(path: Path) -> None:
-    """Raise `OutputError` if no file can be written there, before minutes are spent on its contents."""
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else nearest}")
 
 
 def _percent(ratio: float) -> str:

@@ -46,7 +46,7 @@ def norm_free(original: nn.Module, fused: nn.Module) -> nn.Module:
 
     Where timm does not take that argument, or means other norms by it too, every LayerNorm of a copy becomes an
     Identity. It has the fused model's weights where it has such a weight, so that it computes with numbers of the same
-    size; where the fused model has nothing but folded norms it gives the same answers.
+    size; where the fused model has nothing but folded norms its outputs are the same.
 
     Args:
         original: with LayerNorm.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, OutputError
+from ..errors import ArgumentError, OutputError, first_line
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -76,7 +76,7 @@ class Store:
             return
         if size > self.budget:
             raise ArgumentError(
-                f"--memory-budget {_human(self.budget)} is too small: one batch of activations takes {_human(size)}"
+                f"`memory_budget` {_human(self.budget)} is too small: one batch of activations takes {_human(size)}"
             )
         used = sum(size for size, _ in self.resident.values())
         values = moved(values, torch.device("cpu"))
@@ -90,7 +90,7 @@ class Store:
         except (OSError, RuntimeError) as error:  # torch's own writer raises the second
             raise OutputError(
                 f"{self.folder or tempfile.gettempdir()}: activations beyond the memory budget cannot be written "
-                f"({str(error).splitlines()[0]}): give a larger --memory-budget, or a larger disk with TMPDIR"
+                f"({first_line(error)}): give a larger `memory_budget`, or a larger disk with TMPDIR"
             ) from error
 
     def take(self, index: int) -> dict[str, Any]:

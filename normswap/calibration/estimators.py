@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import CalibrationError
 from ..layers import TokenBatchNorm
+from ..model_utils import widened
 from ..records.report import SiteFit
-from .moments import JointMoments
+from .moments import JointMoments, r_squared
 
 
 class Estimator(ABC):
@@ -56,18 +57,18 @@ class Estimator(ABC):
         self.norm.set_affine(scale, shift)
         scale, shift = (v.to(scale) for v in self.norm.affine64())
         left = [_squares(self.moments, target, scale, shift) for target in (0, 1)]
-        r2, r2_original = (_r2(*sums) for sums in left)
+        r2, r2_original = (r_squared(*sums) for sums in left)
         patch, prefix = r2, None
         if self.prefix is not None:
             self.prefix.reduce()
         if self.prefix is not None and self.prefix.x.count:
             part = _squares(self.prefix, 0, scale, shift, self.moments.y[0].mean)
-            prefix = _r2(*part)
-            patch = _r2(*(max(whole - of_prefix, 0.0) for whole, of_prefix in zip(left[0], part, strict=True)))
+            prefix = r_squared(*part)
+            patch = r_squared(*(max(whole - of_prefix, 0.0) for whole, of_prefix in zip(left[0], part, strict=True)))
         return SiteFit(site, self.moments.x.count, r2, r2_original, patch, prefix)
 
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = widened(x)
         weight, bias = (None if p is None else p.detach().to(x) for p in (self.original.weight, self.original.bias))
         return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, self.original.eps)
 
@@ -88,10 +89,6 @@ def _squares(
     residual = spread + (y.mean - scale * x.mean - shift).square()
     total = y.var if about is None else y.var + (y.mean - about).square()
     return float(residual.sum()) * x.count, float(total.sum()) * x.count
-
-
-def _r2(residual: float, total: float) -> float:
-    return 1 - residual / total if total > 0 else float(residual == 0)
 
 
 class MomentsEstimator(Estimator):

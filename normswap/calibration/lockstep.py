@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..distributed import world
 from ..errors import ArgumentError, CalibrationError
+from ..model_utils import find_tensor
 from ..planning.graph import Call, ModelGraph, operation, owner
 from .activation_store import Store
 
@@ -155,8 +156,10 @@ class Lane:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return the parameter or buffer of that name, as it is now."""
-        path, _, attribute = name.rpartition(".")
-        return getattr(self.model.get_submodule(path), attribute)
+        tensor = find_tensor(self.model, name)
+        if tensor is None:
+            raise CalibrationError(f"{name}: the graph reads it, and the model has no such tensor")
+        return tensor
 
 
 class Observer:

@@ -9,6 +9,7 @@ samples are split into batches, up to rounding of the samples' dtype.
 import torch
 
 from ..distributed import all_sum
+from ..model_utils import widened
 
 # Samples to give at once where there is a choice: so many rows stay in the processor's cache from step to step.
 CACHED_ROWS = 1024
@@ -34,7 +35,7 @@ class Moments:
         Within a batch everything is a difference from a pivot (the first batch's mean) in the samples' dtype, float32
         at least, so a large mean cancels in the data before anything is summed; batches merge in float64.
         """
-        x = _wide(samples)
+        x = widened(samples.cpu() if samples.device.type == "mps" else samples)  # Apple's GPUs have no float64
         if not len(x):  # a process may see no rows of a kind; the others' have to be added to something of their shape
             if not self.count:
                 self.mean = self._sum_sq = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
@@ -123,6 +124,10 @@ class JointMoments:
         return self.x.finite and all(y.finite for y in self.y) and sums_finite
 
 
-def _wide(samples: torch.Tensor) -> torch.Tensor:
-    samples = samples.cpu() if samples.device.type == "mps" else samples  # Apple's GPUs have no float64
-    return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+def r_squared(residual: float, total: float) -> float:
+    """Return the share of a sum of squares that a fit explains, given what it leaves; 1 or 0 where there is nothing.
+
+    >>> r_squared(1.0, 4.0), r_squared(0.0, 0.0), r_squared(1.0, 0.0)
+    (0.75, 1.0, 0.0)
+    """
+    return 1 - residual / total if total > 0 else float(residual == 0)

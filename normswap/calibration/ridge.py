@@ -15,6 +15,7 @@ import torch
 
 from ..distributed import all_sum, from_first
 from ..errors import CalibrationError
+from .moments import r_squared
 
 # Relative to the mean square of each input channel. The largest leaves a layer nearly as it was.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 0.3, 1.0, 3.0, 10.0)
@@ -282,6 +283,5 @@ class _Ridge:
 
 
 def _r2(spread: Moments2, weight: torch.Tensor, offset: torch.Tensor) -> float:
-    total = float(spread.yy.sum())
     left = float((spread.error(weight) + offset.square()).sum())
-    return 1 - max(left, 0.0) / total if total > 0 else float(left == 0)  # rounding may leave less than nothing
+    return r_squared(max(left, 0.0), float(spread.yy.sum()))  # rounding may leave less than nothing

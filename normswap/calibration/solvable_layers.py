@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..layers import NormedConv2d, NormedLinear, TokenBatchNorm, TokenBatchNorm2d
+from ..model_utils import widened
 from ..planning.channels import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow, moved
 from ..planning.graph import argument, operation, owner, users, weight_and_bias
 from .lockstep import Lane, Stop
@@ -40,23 +41,18 @@ class Writer:
 def rows_in(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Return a layer's input as rows `[M, K]` that its weight, as `[O, K]`, multiplies."""
     if isinstance(layer, nn.Linear):
-        return _wide(x.reshape(-1, x.shape[-1]))  # [..., K] -> [M, K]
+        return widened(x.reshape(-1, x.shape[-1]))  # [..., K] -> [M, K]
     if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in ((0, 0), "valid", "same"):
-        return _wide(x.movedim(1, -1).reshape(-1, x.shape[1]))  # [B, K, H, W] -> [B*H*W, K]
+        return widened(x.movedim(1, -1).reshape(-1, x.shape[1]))  # [B, K, H, W] -> [B*H*W, K]
     padding: Any = (0, 0) if layer.padding == "valid" else layer.padding
     patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
-    return _wide(patches.transpose(1, 2).reshape(-1, patches.shape[1]))  # [B, K*kh*kw, L] -> [B*L, K*kh*kw]
+    return widened(patches.transpose(1, 2).reshape(-1, patches.shape[1]))  # [B, K*kh*kw, L] -> [B*L, K*kh*kw]
 
 
 def rows_out(layer: nn.Linear | nn.Conv2d, y: torch.Tensor) -> torch.Tensor:
     """Return a layer's output as rows `[M, O]`."""
     channels_last = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
-    return _wide(channels_last.reshape(-1, channels_last.shape[-1]))  # [..., O] -> [M, O]
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    # Sums of half-precision products would be worth nothing.
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return widened(channels_last.reshape(-1, channels_last.shape[-1]))  # [..., O] -> [M, O]
 
 
 def picked(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -253,4 +249,4 @@ class Route:
     def rows(self, end_value: torch.Tensor) -> torch.Tensor:
         """Return the rows of the end value that the layer writes, `[M, O]`, in the order of ``rows_layer``."""
         rows = end_value.movedim(self.end_dim, -1).reshape(-1, self.width)  # [..., O] -> [M, O]
-        return _wide(picked(rows, self.rows_end))
+        return widened(picked(rows, self.rows_end))

@@ -7,12 +7,22 @@ from typing import Any
 import torch
 from timm.utils import accuracy
 from torch import nn
+from torch.nn import functional
 
 from ..errors import ArgumentError
 from ..model_utils import eval_mode, has_classes
 from ..progress import Progress, no_progress
 from ..records.report import StageMetrics
 from .worst_images import WorstImages
+
+
+def kl_divergence(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return KL(reference || output) of the softmax of logits `[B, K]` for every image `[B]`, in nats.
+
+    >>> kl_divergence(torch.zeros(1, 2), torch.zeros(1, 2))
+    tensor([0.])
+    """
+    return functional.kl_div(output.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
 class _Tally:
@@ -35,15 +45,12 @@ class _Tally:
         self.n += n
         self.is_classifier = classifier
         self.non_finite += int((~torch.isfinite(logits)).any(1).sum())
-        self.cosine += float(torch.nn.functional.cosine_similarity(logits, reference).sum())
+        self.cosine += float(functional.cosine_similarity(logits, reference).sum())
         if not classifier:
             return None
         self.agreement += float((logits.argmax(1) == reference.argmax(1)).sum())
-        divergence = torch.nn.functional.kl_div(
-            logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True
-        ).sum(1)
         # A model that gives NaN is infinitely far away; a rounding below zero is zero.
-        divergence = divergence.nan_to_num(nan=float("inf")).clamp_min(0)
+        divergence = kl_divergence(logits, reference).nan_to_num(nan=float("inf")).clamp_min(0)
         self.kl += float(divergence.sum())
         self.worst_kl = max(self.worst_kl, float(divergence.max()))
         if labels is not None:

@@ -14,7 +14,7 @@ from timm.models import get_model_input_config
 from torch import nn
 
 from ..atomic import check_file, new_file
-from ..errors import ArgumentError, CheckFailedError
+from ..errors import ArgumentError, CheckFailedError, first_line
 from ..inputs.batches import rebatched
 from ..inputs.dataset import describe
 from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg, resolve_input_size
@@ -53,7 +53,7 @@ class Comparison:
     non_finite: int
 
     def line(self) -> str:
-        same = "" if self.agreement is None else f", same answer {self.agreement:.2f} %"
+        same = "" if self.agreement is None else f", top-1 agreement {self.agreement:.2f} %"
         return f"largest difference {self.max_abs_diff:.3g}{same}, {self.non_finite} not finite, on {self.images}"
 
 
@@ -139,7 +139,7 @@ def export_model(
         progress: called with (what, done, total).
 
     Raises:
-        ArgumentError: an argument that cannot be meant, a file that is there already, no images.
+        ArgumentError: an invalid argument, a file that is there already, no images.
         MissingExtraError: ONNX without the extra ``onnx``.
         ModelRefusedError: the model cannot be exported or translated, or not with B open.
         CheckFailedError: outputs differ by more than ``atol`` or are not finite, a LayerNorm is in the graph that
@@ -149,10 +149,10 @@ def export_model(
     path = Path(path)
     check_export(path, format, dtype, overwrite)
     atol = ATOL[dtype] if atol is None else atol
-    if math.isnan(atol):
-        raise ArgumentError("--atol is a number; nan would never fail")
+    if not atol >= 0:
+        raise ArgumentError(f"`atol` must be 0 or more, not {atol}")
     if images is None and (dtype == "fp16" or int8_images is not None):
-        raise ArgumentError("FP16 and INT8 are checked on real images: give --data-dir")
+        raise ArgumentError("FP16 and INT8 are checked on real images: give `images`")
     if int8_images is not None and (format != "onnx" or static is not None):
         raise ArgumentError("the INT8 check is made on an ONNX graph with an open batch size")
     source = _random(resolve_input_size(model)) if images is None else list(images)
@@ -257,8 +257,7 @@ def _load_program(path: Path) -> nn.Module:
     try:
         return torch.export.load(path).module()
     except Exception as error:  # whatever deserialisation runs into
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckFailedError(f"the program cannot be loaded again: {reason}: not saved") from error
+        raise CheckFailedError(f"the program cannot be loaded again: {first_line(error)}: not saved") from error
 
 
 @torch.no_grad()
@@ -312,7 +311,7 @@ def _judge(report: ExportReport, allowed: set[str]) -> None:
         problem = f"the graph gives NaN or infinity for {comparison.non_finite} of {comparison.n} images"
     elif not comparison.max_abs_diff <= report.atol:
         difference = f"{comparison.max_abs_diff:.3g}"
-        problem = f"graph and model differ by {difference} in an output, more than --atol {report.atol:g}"
+        problem = f"graph and model differ by {difference} in an output, more than `atol` {report.atol:g}"
     elif report.half is not None:
         problem = report.half.problem
     if problem is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, ModelRefusedError
+from ..errors import ArgumentError, ModelRefusedError, first_line
 from ..evaluation.evaluate import evaluate_models
 from ..model_utils import example_batch
 from ..planning.graph import export_program, quiet
@@ -109,8 +109,7 @@ def _quantise(source: Path, target: Path, batches: list[torch.Tensor]) -> None:
                 calibrate_method=CalibrationMethod.MinMax,
             )
         except Exception as error:  # its own classes, without a common base
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ModelRefusedError(f"ONNX Runtime cannot quantise the graph: {reason}") from error
+            raise ModelRefusedError(f"ONNX Runtime cannot quantise the graph: {first_line(error)}") from error
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, CheckFailedError, MissingExtraError, ModelRefusedError
+from ..errors import ArgumentError, CheckFailedError, MissingExtraError, ModelRefusedError, first_line, innermost
 from ..planning.graph import quiet
 
 EXTRA_ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -57,7 +57,7 @@ def write_onnx(
 
     newest = onnx.defs.onnx_opset_version()
     if opset > newest:
-        raise ArgumentError(f"--opset {opset}: the onnx package knows opsets up to {newest}")
+        raise ArgumentError(f"`opset` {opset}: the onnx package knows opsets up to {newest}")
     with torch.no_grad(), quiet():
         try:
             translated = torch.onnx.export(
@@ -69,13 +69,15 @@ def write_onnx(
                 verbose=False,
             )
         except Exception as error:  # the exporter raises many kinds; its reason stands in the innermost one
-            raise ModelRefusedError(f"torch's ONNX exporter cannot translate the model: {_reason(error)}") from error
+            raise ModelRefusedError(
+                f"torch's ONNX exporter cannot translate the model: {first_line(innermost(error))}"
+            ) from error
     assert translated is not None  # it is for dynamo=True
     model = translated.model
     reached = model.opset_imports.get("")
     if reached != opset:
         raise ArgumentError(
-            f"--opset {opset}: the graph cannot be converted to it (it is {reached}); take {DEFAULT_OPSET} or later"
+            f"`opset` {opset}: the graph cannot be converted to it (it is {reached}); take {DEFAULT_OPSET} or later"
         )
     model.metadata_props.update(metadata or {})
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
@@ -92,7 +94,9 @@ def write_onnx(
     try:
         onnx.checker.check_model(str(path), full_check=True)  # by path, so that more than 2 GB are read
     except Exception as error:  # checker and shape inference have their own kinds
-        raise CheckFailedError(f"onnx.checker does not accept the graph: {_reason(error)}: not saved") from error
+        raise CheckFailedError(
+            f"onnx.checker does not accept the graph: {first_line(innermost(error))}: not saved"
+        ) from error
 
 
 def read_onnx(path: Path) -> Any:
@@ -100,6 +104,28 @@ def read_onnx(path: Path) -> Any:
     import onnx
 
     return onnx.load(str(path), load_external_data=False)
+
+
+def open_session(path: Path, provider: Any = "CPUExecutionProvider", optimise: bool = True, flush: bool = False) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` on as many CPU threads as torch has.
+
+    Args:
+        path: the file.
+        provider: ONNX Runtime's name of what runs it, or a pair of that name and its options.
+        optimise: let ONNX Runtime fuse nodes.
+        flush: let its threads take denormal numbers as zero.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors; they are raised too
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if flush:
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=[provider])
 
 
 class OnnxModel(nn.Module):
@@ -116,17 +142,12 @@ class OnnxModel(nn.Module):
 
     def __init__(self, path: Path, optimise: bool = True) -> None:
         super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; they are raised too
-        if not optimise:
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = open_session(path, optimise=optimise)
         except Exception as error:  # its own classes, without a common base
-            raise CheckFailedError(f"ONNX Runtime cannot load the graph: {_reason(error)}: not saved") from error
+            raise CheckFailedError(
+                f"ONNX Runtime cannot load the graph: {first_line(innermost(error))}: not saved"
+            ) from error
         (self.input,) = self.session.get_inputs()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -138,12 +159,7 @@ class OnnxModel(nn.Module):
         try:
             (output,) = self.session.run(None, {self.input.name: images.detach().cpu().contiguous().numpy()})
         except Exception as error:
-            raise CheckFailedError(f"ONNX Runtime cannot run the graph: {_reason(error)}: not saved") from error
+            raise CheckFailedError(
+                f"ONNX Runtime cannot run the graph: {first_line(innermost(error))}: not saved"
+            ) from error
         return torch.from_numpy(output).to(images.device)
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

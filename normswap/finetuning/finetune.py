@@ -58,7 +58,7 @@ def finetune(
         progress: called with ("finetune: loss ..., agreement ...", steps done, steps in all).
 
     Raises:
-        ArgumentError: options or images that cannot be meant, labels out of range, models of different heads.
+        ArgumentError: invalid options or images, labels out of range, models of different heads.
         CheckpointError: ``state`` is truncated, or of another run.
         OutputError: ``state`` cannot be written; what was there still is.
         CalibrationError: too many steps in a row without finite numbers.
@@ -67,7 +67,7 @@ def finetune(
     options = options or FinetuneOptions()
     options.check()
     if resume and state is None:
-        raise ArgumentError("resume needs the file with the state of the run")
+        raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
     weight = next(swapped.parameters())
     check_images(images, weight, options, held_out is not None)
     pixels, labels = gather(images, weight)
@@ -104,7 +104,7 @@ def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOpt
         if like.device.type == "cpu" and need > free:
             gib = f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
             what = f"{count} images of {list(images.input_size)} want {gib}"
-            raise ArgumentError(f"{what}: fine-tune on fewer (--finetune-samples; finetune: --samples)")
+            raise ArgumentError(f"{what}: fine-tune on fewer")
     elif isinstance(images, list):
         count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)
     else:

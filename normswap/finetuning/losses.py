@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from ..evaluation.evaluate import kl_divergence
 
 
 def distance(output: torch.Tensor, answer: torch.Tensor, logits: bool) -> torch.Tensor:
     """Return for every image `[B]` the KL of the softmax, in nats; for features the relative squared error."""
     if logits:
-        return F.kl_div(output.log_softmax(1), answer.log_softmax(1), reduction="none", log_target=True).sum(1)
+        return kl_divergence(output, answer)
     error, size = (output - answer).flatten(1), answer.flatten(1)  # [B, ...] -> [B, K]
     return error.square().mean(1) / size.var().clamp(min=torch.finfo(size.dtype).tiny)
 

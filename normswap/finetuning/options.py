@@ -69,29 +69,29 @@ class FinetuneOptions:
     seed: int = 42
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse invalid values.
 
         Raises:
             ArgumentError: a number out of its range, an unknown mode or optimiser.
         """
         if self.bn_mode not in BN_MODES:
-            raise ArgumentError(f"bn_mode is one of {', '.join(BN_MODES)}, not {self.bn_mode!r}")
+            raise ArgumentError(f"`bn_mode` must be one of {', '.join(BN_MODES)}, not {self.bn_mode!r}")
         if self.fade_order not in FADE_ORDERS:
-            raise ArgumentError(f"fade_order is one of {', '.join(FADE_ORDERS)}, not {self.fade_order!r}")
+            raise ArgumentError(f"`fade_order` must be one of {', '.join(FADE_ORDERS)}, not {self.fade_order!r}")
         if not 0 <= self.fade < 1:
-            raise ArgumentError(f"fade is a share of the run from 0 to below 1, not {self.fade}")
+            raise ArgumentError(f"`fade` must be a share of the run from 0 to below 1, not {self.fade}")
         positive = ("epochs", "lr", "batch_size", "accumulate", "clip_grad", "bad_steps")
         for name in positive:
             if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} must be above 0, not {getattr(self, name)}")
+                raise ArgumentError(f"`{name}` must be above 0, not {getattr(self, name)}")
         if not all(getattr(self, name) >= 0 for name in ("kl", "features", "labels", "weight_decay")):
-            raise ArgumentError("kl, features, labels and weight_decay must not be negative")
+            raise ArgumentError("`kl`, `features`, `labels` and `weight_decay` must be 0 or more")
         if not self.kl + self.features + self.labels > 0:
-            raise ArgumentError("kl, features and labels are all 0: there is nothing to train for")
+            raise ArgumentError("`kl`, `features` and `labels` are all 0: there is nothing to train for")
         if not 0 <= self.hflip <= 1 or not 0 < self.scale <= 1:
-            raise ArgumentError("hflip is a probability, scale a share of an image's area from above 0 to 1")
+            raise ArgumentError("`hflip` must be a probability, `scale` a share of an image's area from above 0 to 1")
         if not 0 <= self.warmup < 1 or not 0 < self.momentum <= 1 or not (self.ema is None or 0 < self.ema < 1):
-            raise ArgumentError("warmup is from 0 to below 1, momentum above 0 to 1, ema between 0 and 1")
+            raise ArgumentError("`warmup` must be from 0 to below 1, `momentum` above 0 to 1, `ema` between 0 and 1")
         self._check_optimizer()
 
     def _check_optimizer(self) -> None:

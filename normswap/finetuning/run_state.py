@@ -1,14 +1,13 @@
 """The state of a training run in one file, which is whole at every moment, whatever kills the process."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atomic import beside, sweep
-from ..errors import CheckpointError, OutputError
+from ..atomic import new_file, sweep
+from ..errors import CheckpointError, first_line
 
 _FORMAT = 1
 
@@ -23,28 +22,18 @@ class TrainingState:
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self._beside = beside(path)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write beside, sync, rename.
+        """Write the state in the place of the one before.
 
         Raises:
-            OutputError: it cannot be written; what was there still is.
+            ArgumentError, OutputError: see `normswap.atomic.new_file`; what was there still is.
         """
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(self.path)  # of a process killed while it wrote
-            with open(self._beside, "wb") as file:
+        with new_file(self.path, overwrite=True) as file:
+            try:
                 torch.save({"format": _FORMAT, "fingerprint": self.fingerprint, "state": state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self._beside, self.path)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the second
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            kept = "; what stood there still stands" if self.path.exists() else ""
-            raise OutputError(f"{self.path}: the state of the run cannot be written: {reason}{kept}") from error
-        finally:
-            self._beside.unlink(missing_ok=True)
+            except RuntimeError as error:  # torch's own writer does not raise an OSError
+                raise OSError(first_line(error)) from error
 
     def load(self) -> dict[str, Any]:
         """Return the state.
@@ -58,8 +47,7 @@ class TrainingState:
         except FileNotFoundError:
             raise CheckpointError(f"{self.path}: no such file, so there is no run to resume") from None
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.path}: no state of a run, or truncated: {text}") from error
+            raise CheckpointError(f"{self.path}: no state of a run, or truncated: {first_line(error)}") from error
         differs = [key for key in self.fingerprint if fingerprint.get(key) != self.fingerprint[key]]
         if differs:
             raise CheckpointError(f"{self.path}: the state of another run ({', '.join(differs)} differ): start afresh")

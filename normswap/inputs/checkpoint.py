@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
 from torch import nn
 
-from ..errors import ArgumentError, CheckpointError, ModelRefusedError
+from ..errors import ArgumentError, CheckpointError, ModelRefusedError, first_line
 
 
 def load_model(
@@ -50,7 +50,7 @@ def load_model(
         ModelRefusedError: the architecture cannot be built with these arguments.
     """
     if use_ema and checkpoint is None:
-        raise ArgumentError("--use-ema goes with --checkpoint")
+        raise ArgumentError("`use_ema` goes with `checkpoint`")
     kwargs = _resolve(model, num_classes, img_size, in_chans, model_kwargs)
     source, _ = parse_model_name(model)
     config = kwargs["pretrained_cfg"]
@@ -59,16 +59,16 @@ def load_model(
             return _create(model, kwargs, pretrained=False).eval()
     if checkpoint is not None:
         if pretrained:
-            raise ArgumentError("--pretrained and --checkpoint exclude each other")
+            raise ArgumentError("`pretrained` and `checkpoint` exclude each other")
         return _load_checkpoint(_create(model, kwargs, pretrained=False), Path(checkpoint), use_ema).eval()
     if source is None and not pretrained and random_weights:
         return _create(model, kwargs, pretrained=False).eval()
     if source is None and not pretrained:
-        raise ArgumentError(f"{model}: which weights? Add --pretrained for timm's or --checkpoint FILE for yours")
+        raise ArgumentError(f"{model}: which weights? `pretrained` takes timm's, `checkpoint` a file of yours")
     trained = config.get("num_classes")
     if num_classes and trained and num_classes != trained:
         raise ArgumentError(
-            f"{model} was trained for {trained} classes; --num-classes {num_classes} would give it a random head"
+            f"{model} was trained for {trained} classes; `num_classes` {num_classes} would give it a random head"
         )
     loaded: Any = _create(model, kwargs, pretrained=True).eval()
     if source is None and loaded.pretrained_cfg.get("hf_hub_id"):
@@ -87,12 +87,14 @@ def _resolve(
     try:
         kwargs = resolve_model_input_args(model, {"img_size": img_size, "in_chans": in_chans}, **model_kwargs)
     except (KeyError, ValueError, TypeError) as error:  # a config.json that is no timm config
-        raise CheckpointError(f"{model}: cannot read its config: {type(error).__name__}: {_line(error)}") from error
+        raise CheckpointError(
+            f"{model}: cannot read its config: {type(error).__name__}: {first_line(error)}"
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"{model}: cannot be reached: {_line(error)}") from error
+        raise CheckpointError(f"{model}: cannot be reached: {first_line(error)}") from error
     except RuntimeError as error:
         if source is not None:
-            raise CheckpointError(f"{model}: its config.json names no model of timm's: {_line(error)}") from error
+            raise CheckpointError(f"{model}: its config.json names no model of timm's: {first_line(error)}") from error
         raise ArgumentError(_unknown(name, error)) from error
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
@@ -105,26 +107,28 @@ def _parse(model: str) -> tuple[str | None, str]:
     except ValueError as error:
         if Path(model).is_dir():
             raise ArgumentError(f"{model} is a folder: write local-dir:{model}") from error
-        raise ArgumentError(_line(error)) from error
+        raise ArgumentError(first_line(error)) from error
 
 
 def _unknown(name: str, error: Exception) -> str:
     close = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 3)
     hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() knows the names"
-    return f"{_line(error)}{hint}"
+    return f"{first_line(error)}{hint}"
 
 
 def _create(model: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     try:
         return timm.create_model(**kwargs, pretrained=pretrained)
     except (SafetensorError, EOFError) as error:
-        raise CheckpointError(f"{model}: its weights cannot be read ({_line(error)}): truncated download?") from error
+        raise CheckpointError(
+            f"{model}: its weights cannot be read ({first_line(error)}): truncated download?"
+        ) from error
     except OSError as error:
-        raise CheckpointError(f"{model}: its weights cannot be reached: {_line(error)}") from error
+        raise CheckpointError(f"{model}: its weights cannot be reached: {first_line(error)}") from error
     except RuntimeError as error:
         raise CheckpointError(f"{model}: {_explain(error)}") from error
     except (TypeError, ValueError, AssertionError, KeyError) as error:
-        raise ModelRefusedError(f"{model}: timm cannot build it with these arguments: {_line(error)}") from error
+        raise ModelRefusedError(f"{model}: timm cannot build it with these arguments: {first_line(error)}") from error
 
 
 def _load_checkpoint(model: nn.Module, path: Path, use_ema: bool) -> nn.Module:
@@ -133,7 +137,7 @@ def _load_checkpoint(model: nn.Module, path: Path, use_ema: bool) -> nn.Module:
     # The one mismatch a user can mend by a flag gets its own words.
     classes = [
         f"{name} has {state[name].shape[0]} rows in {path.name} and {tensor.shape[0]} in the model: pass "
-        f"--num-classes {state[name].shape[0]}"
+        f"`num_classes` {state[name].shape[0]}"
         for name, tensor in expected.items()
         if name.startswith("head") and name.endswith("weight") and name in state and state[name].shape != tensor.shape
     ]
@@ -158,11 +162,13 @@ def read_state_dict(path: Path, use_ema: bool = False) -> dict[str, torch.Tensor
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {_explain(error)}") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
-        raise CheckpointError(f"{path}: cannot be read as weights ({type(error).__name__}: {_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as weights ({type(error).__name__}: {first_line(error)})"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()) or not state:
         raise CheckpointError(f"{path}: holds no state dict of tensors")
     if use_ema and not _has_ema(path):
-        raise CheckpointError(f"{path}: --use-ema, but it holds no EMA weights (state_dict_ema or model_ema)")
+        raise CheckpointError(f"{path}: `use_ema`, but it holds no EMA weights (state_dict_ema or model_ema)")
     return state
 
 
@@ -196,7 +202,7 @@ def _explain(error: Exception) -> str:
     if "No suitable checkpoints" in text:
         return "no weights in it: local-dir: takes a folder with config.json and model.safetensors"
     if "weights_only" in text and "Unsupported globals" not in text and "GLOBAL" not in str(error.__cause__):
-        return f"cannot be read as weights ({_line(error.__cause__ or error)})"
+        return f"cannot be read as weights ({first_line(error.__cause__ or error)})"
     if "weights_only" in text:
         needs = text.partition("Unsupported globals: ")[2].partition(". No")[0]
         return (
@@ -207,10 +213,5 @@ def _explain(error: Exception) -> str:
     if "Missing key" in text or "size mismatch" in text or "Unexpected key" in text:
         return "its weights do not fit the model: " + " ".join(text.split("\n", 1)[-1].split())[:300]
     if "PytorchStreamReader" in text or "unexpected EOF" in text:
-        return f"its weights cannot be read ({_line(error)}): truncated file?"
-    return _line(error)
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        return f"its weights cannot be read ({first_line(error)}): truncated file?"
+    return first_line(error)

@@ -12,7 +12,7 @@ from timm.data import create_dataset, create_transform, resolve_input_data_confi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ..errors import ArgumentError, DataError
+from ..errors import ArgumentError, DataError, first_line
 from .stream import Stream
 
 # timm's synonyms, in the order in which they are looked for.
@@ -77,7 +77,7 @@ class ImageSet:
                 name, why = next(iter(self.skipped.items()))
                 raise DataError(
                     f"{len(self.skipped)} images of {self.description} cannot be read, the first {name} ({why}); "
-                    f"allow more with --max-skipped"
+                    f"allow more with `max_skipped`"
                 )
             if images is not None:
                 seen += len(images)
@@ -92,7 +92,7 @@ class ImageSet:
         if self.num_classes is not None and isinstance(self.dataset, Stream) and int(labels.max()) >= self.num_classes:
             raise DataError(
                 f"{self.description}: label {int(labels.max())}, and the model answers {self.num_classes} classes: "
-                f"give --class-map, or --no-labels to compare with the original only"
+                f"give `class_map`, or `labels=False` to compare with the original only"
             )
 
     def draw(self, count: int, seed: int, skip: int = 0) -> "ImageSet":
@@ -165,7 +165,7 @@ class _Readable(Dataset):
                 image, label, *_ = base[at]
                 image = image.convert(self.mode)
         except _UNREADABLE as error:
-            return None, -1, (_filename(base, at), str(error).splitlines()[0] if str(error) else type(error).__name__)
+            return None, -1, (_filename(base, at), first_line(error))
         return self.transform(image), -1 if label is None else int(label), None
 
 
@@ -220,10 +220,10 @@ def load_images(
     root = None if data_dir is None else Path(data_dir)
     if not dataset:
         if root is None:
-            raise ArgumentError("which images? Give --data-dir, or --dataset")
+            raise ArgumentError("which images? Give `data_dir` or `dataset`")
         root = _split_or_root(root, split)
     elif not dataset.startswith("hfds/") and root is None:
-        raise ArgumentError(f"--dataset {dataset} also needs --data-dir, the folder it lies in")
+        raise ArgumentError(f"`dataset` {dataset} also needs `data_dir`, the folder it lies in")
     mode = "L" if channels == 1 else "RGB"
     found = _create(dataset, root, split, class_map, mode)
     expected = getattr(model, "num_classes", 0)
@@ -233,7 +233,7 @@ def load_images(
     where = f"{dataset or root} ({split})" if dataset else str(root)
     if classes is not None and expected and classes != expected:
         raise DataError(
-            f"{where} has {classes} classes and the model answers {expected}: give --class-map, or --no-labels to "
+            f"{where} has {classes} classes and the model answers {expected}: give `class_map`, or `labels=False` to "
             f"compare with the original only"
         )
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
@@ -273,7 +273,7 @@ def load_splits(
         options: the other arguments of `load_images`.
 
     Raises:
-        ArgumentError, DataError: see `load_images`.
+        ArgumentError, DataError, first_line: see `load_images`.
     """
     if dataset or data_dir is None:
         names = [train_split, split]
@@ -325,17 +325,14 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
     except ImportError as error:
         raise DataError(f"{where}: timm needs another package for it: {error}") from error
     except Exception as error:  # timm's readers raise RuntimeError, ValueError and AssertionError for "no images"
-        reason = str(error).strip().splitlines()
         empty = "not enough values to unpack" in str(error)
-        raise DataError(
-            f"{where}: no images in it" if empty else f"{where}: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise DataError(f"{where}: no images in it" if empty else f"{where}: {first_line(error)}") from error
     if not isinstance(found, IterableDataset):
         return found
     if len(found) == 0:  # type: ignore[arg-type]  # timm's has a length
         raise DataError(
             f"{where}: the stream does not say how many images it has; for wds/ write that into _info.json, or behind "
-            f"the split, as --split 'val-{{0000..0007}}.tar|5000'"
+            f"`split`, for example 'val-{{0000..0007}}.tar|5000'"
         )
     return Stream(found)
 

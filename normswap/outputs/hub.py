@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import ArgumentError, CheckpointError, HubError
+from ..errors import ArgumentError, CheckpointError, HubError, one_line
 from .save import CARD, CONFIG, RECORD, WEIGHTS, read_record
 
 _TOKEN = "set HF_TOKEN to a token that may write there, or run: hf auth login"
@@ -88,7 +88,7 @@ def prepare(
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise ArgumentError(f"{name!r} is no repository of the Hub: {_line(error)}") from error
+            raise ArgumentError(f"{name!r} is no repository of the Hub: {one_line(error)}") from error
     if "/" not in repo_id:
         raise ArgumentError(f"{repo_id!r} is no repository of the Hub: write USER/{repo_id}")
     record = read_record(folder)
@@ -100,9 +100,9 @@ def prepare(
         kept = [site["path"] for site in report["plan"] if site["verdict"] == "keep"]
         budget = report.get("budget")
         met = budget["met"] if budget else None
-        card = ModelCard((folder / CARD).read_text())
+        card = ModelCard((folder / CARD).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: {RECORD} or {CARD} cannot be read: {_line(error)}") from error
+        raise CheckpointError(f"{folder}: {RECORD} or {CARD} cannot be read: {one_line(error)}") from error
     if card.data.get("library_name") != "timm":
         raise CheckpointError(f"{folder / CARD}: its metadata does not say library_name: timm; convert again")
     if base_model is not None:
@@ -146,15 +146,15 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id}: no token: {_TOKEN}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
-        told = error.server_message or _line(error)
+        told = error.server_message or one_line(error)
         hint = f"; {_TOKEN}" if status in (401, 403) else ""
         raise HubError(f"{repo_id}: the Hub refused it ({status}): {' '.join(told.split())}{hint}") from error
     except OfflineModeIsEnabled as error:
         raise HubError(f"{repo_id}: HF_HUB_OFFLINE is set, so nothing can be sent") from error
     except (HTTPError, OSError) as error:
-        raise HubError(f"{repo_id}: the Hub cannot be reached: {_line(error)}") from error
+        raise HubError(f"{repo_id}: the Hub cannot be reached: {one_line(error)}") from error
     except ValueError as error:  # what its validator says of the card's metadata
-        raise HubError(f"{repo_id}: the Hub does not take it: {_line(error)}") from error
+        raise HubError(f"{repo_id}: the Hub does not take it: {one_line(error)}") from error
 
 
 def _from_hub(text: str, repo_id: str, revision: str | None) -> str:
@@ -164,7 +164,3 @@ def _from_hub(text: str, repo_id: str, revision: str | None) -> str:
     text = text.replace('"local-dir:PATH"', f'"hf-hub:{repo_id}{at}"')
     text = text.replace("import normswap\n", "import normswap\nfrom huggingface_hub import snapshot_download\n")
     return text.replace('normswap.load("PATH")', f"normswap.load(snapshot_download({where}))")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from timm.models._hub import save_config_for_hf  # the public save_for_hf would 
 from torch import nn
 
 from ..atomic import new_folder
-from ..errors import ArgumentError, CheckFailedError, CheckpointError
+from ..errors import ArgumentError, CheckFailedError, CheckpointError, first_line
 from ..inputs.checkpoint import check_keys
 from ..layers import TokenAffine
 from ..model_utils import eval_mode, find_module, pretrained_cfg
@@ -236,8 +236,7 @@ def stock_arguments(model: nn.Module) -> tuple[dict[str, Any], str | None]:
                 arguments = {**model_arguments(model), **extra, "norm_layer": nn.Identity}
                 built = timm.create_model(pretrained_cfg(model)["architecture"], pretrained=False, **arguments)
         except Exception as error:  # an architecture that reads its norms' weights when it is made, say
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = reason or f"it cannot be built with norm_layer=torch.nn.Identity: {text}"
+            reason = reason or f"it cannot be built with norm_layer=torch.nn.Identity: {first_line(error)}"
             continue
         reason = reason or "its layers do not fit: a bias that timm has no argument for, or another norm"
         if {name: tensor.shape for name, tensor in built.state_dict().items()} == wanted:

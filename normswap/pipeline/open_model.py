@@ -24,7 +24,7 @@ def open_model(model: str, **kwargs: Any) -> nn.Module:
     if is_converted(model):
         ignored = [name for name, value in kwargs.items() if value not in (None, False) and name != "weights"]
         if ignored:
-            raise ArgumentError(f"{model} is converted already; it takes no --{ignored[0].replace('_', '-')}")
+            raise ArgumentError(f"{model} is converted already; it takes no `{ignored[0]}`")
         if kwargs.get("weights", True):
             return load(folder)
         with torch.device("meta"):

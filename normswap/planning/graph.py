@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import ModelRefusedError
+from ..errors import ModelRefusedError, first_line
 from ..model_utils import eval_mode, tied_names
 
 
@@ -107,16 +107,15 @@ def export_program(model: nn.Module, example: torch.Tensor, dynamic: bool = Fals
         try:
             return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
         except Exception as error:  # export raises whatever the model's own code runs into
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             if not dynamic:
                 raise ModelRefusedError(
                     f"{type(model).__name__}: torch.export cannot trace the forward pass on images of "
-                    f"{list(example.shape[1:])} ({reason[0]})"
+                    f"{list(example.shape[1:])} ({first_line(error)})"
                 ) from error
-            refused, why = reason[0], error
+            refused, why = first_line(error), error
     export_program(model, example)  # if this fails too, the batch size is not the reason
     raise ModelRefusedError(
-        f"{type(model).__name__}: torch.export cannot leave the batch size open ({refused}); fix it with --static N"
+        f"{type(model).__name__}: torch.export cannot leave the batch size open ({refused}); fix it with `static`"
     ) from why
 
 

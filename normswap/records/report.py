@@ -166,7 +166,7 @@ class Finetuning:
         """Return what it did in one line."""
         same = ""
         if self.agreement_before is not None and self.agreement_after is not None:
-            same = f", same answer {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
+            same = f", top-1 agreement {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
         end = "" if self.taken else "; no sure gain, so the weights before it stay"
         steps = f"{self.steps} steps" + (f" ({self.dropped} dropped)" if self.dropped else "")
         kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f} (+-{self.kl_gain_error:.4f})"

@@ -5,7 +5,7 @@ from rich.table import Table
 from ..records.budget import BudgetRecord
 from ..tables import number, table
 
-BUDGET_COLUMNS = ("LayerNorms kept", "top-1 %", "drop", "same answer %", "+- at most", "KL", "seconds", "try", "")
+BUDGET_COLUMNS = ("LayerNorms kept", "top-1 %", "drop", "agreement %", "+- at most", "KL", "seconds", "trial", "")
 
 
 def budget_rows(record: BudgetRecord) -> list[list[str]]:
@@ -25,7 +25,7 @@ def budget_title(record: BudgetRecord) -> str:
     """Return what the table of trials is about, in one line."""
     wanted = [] if record.max_drop is None else [f"top-1 down by at most {record.max_drop:g} points"]
     if record.min_agreement is not None:
-        wanted.append(f"same answer for at least {record.min_agreement:g} %")
+        wanted.append(f"top-1 agreement of at least {record.min_agreement:g} %")
     return f"budget: {' and '.join(wanted)}"
 
 

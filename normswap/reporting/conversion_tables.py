@@ -14,7 +14,7 @@ from ..tables import number, table
 
 def stages_table(stages: Sequence[StageMetrics], title: str | None = None) -> Table:
     """Return one row per stage: the before/after check in one look."""
-    numbers = ["top-1 %", "top-5 %", "same answer %", "KL", "worst KL", "non-finite", "images"]
+    numbers = ["top-1 %", "top-5 %", "agreement %", "KL", "worst KL", "non-finite", "images"]
     rows = [
         [
             stage.name,

@@ -44,7 +44,7 @@ class Metric:
 
 _METRICS = (
     Metric("top1", "top-1 accuracy"),
-    Metric("agreement", "same answer as the original"),
+    Metric("agreement", "top-1 agreement with the original"),
     Metric("cosine", "cosine similarity of the output with the original's", 100.0),
 )
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..records.report import ConversionReport, Finetuning, StageMetrics
-from ..tables import number
+from ..tables import markdown, number, sentence
 from .budget_tables import BUDGET_COLUMNS, budget_line, budget_rows, budget_title
 from .conversion_tables import (
     STREAM_COLUMNS,
@@ -99,7 +99,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         *_stage_rows(report.stages),
         "",
         *_budget(report),
-        *_where_it_was_lost(report),
+        *_stream(report),
         *_worst_images(report),
         "## Loading",
         "",
@@ -117,14 +117,12 @@ def _short(model: str) -> str:
 
 
 def _stage_rows(stages: list[StageMetrics]) -> list[str]:
+    columns = ["stage", "top-1 %", "top-5 %", "top-1 agreement %", "KL", "non-finite"]
     rows = [
-        "| stage | top-1 % | top-5 % | same answer as the original % | KL | non-finite |",
-        "|---|---|---|---|---|---|",
+        [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
+        for s in stages
     ]
-    for s in stages:
-        cells = [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
+    return markdown(columns, rows)
 
 
 def _trained(finetuning: Finetuning) -> str:
@@ -136,10 +134,9 @@ def _budget(report: ConversionReport) -> list[str]:
     if report.budget is None:
         return []
     title, line = budget_title(report.budget), budget_line(report.budget)
-    rows = [f"| {' | '.join(cells)} |" for cells in budget_rows(report.budget)]
-    header = f"| {' | '.join(BUDGET_COLUMNS)} |"
-    text = "Which LayerNorms stay was chosen on the images that the table is measured on, which flatters it a little."
-    return ["## Accuracy budget", "", f"{title}: {line}.", "", header, f"|{'---:|' * 8}---|", *rows, "", text, ""]
+    table = markdown(BUDGET_COLUMNS, budget_rows(report.budget), right=BUDGET_COLUMNS[:-1])
+    text = "The LayerNorms that stay were chosen on the images of this table, so its figures are slightly optimistic."
+    return ["## Accuracy budget", "", f"{title}: {line}.", "", *table, "", text, ""]
 
 
 def _cost(report: ConversionReport) -> str:
@@ -147,22 +144,19 @@ def _cost(report: ConversionReport) -> str:
     return "" if passes is None else f"; it took as long as {passes:.1f} forward passes over them"
 
 
-def _where_it_was_lost(report: ConversionReport) -> list[str]:
+def _stream(report: ConversionReport) -> list[str]:
     if not report.stream:
         return []
-    rows = [f"| {' | '.join(cells)} |" for cells in stream_rows(report.stream)]
-    title = f"{STREAM_TITLE[0].upper()}{STREAM_TITLE[1:]}, before and after the layer named was re-solved"
-    header = f"| {' | '.join(STREAM_COLUMNS)} |"
-    return ["## Where it was lost", "", f"{title}:", "", header, f"|---|{'---:|' * 4}---|", *rows, ""]
+    title = f"{sentence(STREAM_TITLE)}, before and after the layer named was re-solved"
+    table = markdown(STREAM_COLUMNS, stream_rows(report.stream), right=STREAM_COLUMNS[1:5])
+    return ["## Where the error arises", "", f"{title}:", "", *table, ""]
 
 
 def _worst_images(report: ConversionReport) -> list[str]:
     if not report.worst:
         return []
-    rows = [f"| {' | '.join(_cell(cell) for cell in cells)} |" for cells in worst_rows(report.worst, 3)]
-    header = f"| {' | '.join(WORST_COLUMNS)} |"
-    title = f"## {WORST_TITLE[0].upper()}{WORST_TITLE[1:]}"
-    return [title, "", header, f"|{'---|' * (len(WORST_COLUMNS) - 1)}---:|", *rows, ""]
+    rows = [[_cell(cell) for cell in cells] for cells in worst_rows(report.worst, 3)]
+    return [f"## {sentence(WORST_TITLE)}", "", *markdown(WORST_COLUMNS, rows, right=WORST_COLUMNS[-1:]), ""]
 
 
 def _cell(text: str) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ArgumentError, FoldError
 from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
-from ..model_utils import example_batch, meta_copy, resolve_input_size, tied_names
+from ..model_utils import example_batch, find_tensor, meta_copy, resolve_input_size, tied_names
 from ..planning.foldability import KEEP, Target, Verdict
 from ..planning.graph import ModelGraph
 from ..planning.plan import judge_norms
@@ -151,13 +151,13 @@ class _Ledger:
             self.fresh.update(b.name for b in target.biases)
         for b, rows in zip(target.biases, bias.split([b.features for b in target.biases]), strict=True):
             # One that another fold makes is scaled here as well.
-            if b.name and (b.name in self.fresh or _attribute(self.model, b.name) is not None):
+            if b.name and (b.name in self.fresh or find_tensor(self.model, b.name) is not None):
                 self.tensors[b.name] = rows
 
     def _copy(self, name: str, features: int = 0) -> torch.Tensor:
         if name in self.tensors:
             return self.tensors[name]
-        tensor = _attribute(self.model, name)
+        tensor = find_tensor(self.model, name)
         if tensor is None:  # a bias that is to be made
             return torch.zeros(features, dtype=torch.float64, device=next(iter(self.affines.values()))[0].device)
         return tensor.detach().double()
@@ -179,11 +179,6 @@ class _Ledger:
                 getattr(owner, attribute).copy_(tensor)
                 # A buffer outside the state dict would be lost in the file.
                 owner._non_persistent_buffers_set.discard(attribute)
-
-
-def _attribute(model: nn.Module, name: str) -> torch.Tensor | None:
-    path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute)
 
 
 def max_difference(a: nn.Module, b: nn.Module, batches: Iterable[torch.Tensor]) -> float:

@@ -33,7 +33,7 @@ def swap_norms(
         NoLayerNormError, ModelRefusedError: from `make_plan`.
     """
     if ffn_bn not in FFN_BN:
-        raise ArgumentError(f"ffn_bn is one of {', '.join(FFN_BN)}, not {ffn_bn!r}")
+        raise ArgumentError(f"`ffn_bn` must be one of {', '.join(FFN_BN)}, not {ffn_bn!r}")
     plan = plan or make_plan(model)
     for site in plan.swapped_sites:
         if not isinstance(find_module(model, site.path), nn.LayerNorm):

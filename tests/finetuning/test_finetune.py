@@ -373,7 +373,7 @@ def test_convert_fine_tunes(tmp_path):
     assert record["stages"][4]["agreement"] == record["stages"][3]["agreement"]
     assert record["seconds"]["finetune"] > 0
     assert re.search(
-        r"^finetune +12 steps in \d+ s; KL [\d.]+ to [\d.]+ \(\+-[\d.]+\), same answer", result.stderr, re.MULTILINE
+        r"^finetune +12 steps in \d+ s; KL [\d.]+ to [\d.]+ \(\+-[\d.]+\), top-1 agreement", result.stderr, re.MULTILINE
     )
 
 

@@ -125,7 +125,9 @@ def _other_verdicts(folder):
 def _other_weights(folder):
     other = family("qk_norm")
     swapped = normswap.swap_norms(other)
-    save_swapped(folder / "other", normswap.Swapped(swapped, other, normswap.make_plan(other), load_swapped(folder).report))
+    save_swapped(
+        folder / "other", normswap.Swapped(swapped, other, normswap.make_plan(other), load_swapped(folder).report)
+    )
     (folder / "other" / "swapped.safetensors").rename(folder / "swapped.safetensors")
 
 

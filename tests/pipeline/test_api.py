@@ -101,7 +101,7 @@ def test_the_model_stays_and_its_training_flag_is_carried():
 def test_checks_that_fail_carry_the_report():
     model = family("vit")
     data = [(images(model, 10), model(images(model, 10)).argmax(1))]
-    with pytest.raises(normswap.CheckFailedError, match="--max-drop") as caught:
+    with pytest.raises(normswap.CheckFailedError, match="`max_drop`") as caught:
         normswap.convert(
             model,
             data,

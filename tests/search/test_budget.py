@@ -95,8 +95,8 @@ def test_both_limits_hold_and_the_words_say_which_does_not():
     first = stage(80.0, 100.0)
     both = AccuracyBudget(max_drop=1.0, min_agreement=95.0)
     assert both.problem(first, stage(79.0, 95.0)) is None
-    assert both.problem(first, stage(78.0, 96.0)) == "top-1 fell by 2.00 points, more than --max-drop 1"
-    assert both.problem(first, stage(80.0, 94.0)) == "94.00 % same answers, fewer than --min-agreement 95"
+    assert both.problem(first, stage(78.0, 96.0)) == "top-1 fell by 2.00 points, more than `max_drop` 1"
+    assert both.problem(first, stage(80.0, 94.0)) == "top-1 agreement is 94.00 %, less than `min_agreement` 95"
     assert " and " in both.problem(first, stage(70.0, 80.0))
     assert both.shortfall(first, stage(78.0, 80.0)) == pytest.approx(15)
     # Exactly the budget is within it, whatever binary fractions make of 76.7 - 75.7.
@@ -120,10 +120,10 @@ def test_the_bound_on_the_error_bounds_the_error():
     ("budget", "word"),
     [
         (AccuracyBudget(max_drop=float("nan")), "nan"),
-        (AccuracyBudget(min_agreement=101.0), "--min-agreement"),
-        (AccuracyBudget(max_drop=1.0, max_keep=-1), "--max-keep"),
-        (AccuracyBudget(max_drop=1.0, max_evaluations=0), "--max-evaluations"),
-        (AccuracyBudget(max_keep=3), "goes with --max-drop"),
+        (AccuracyBudget(min_agreement=101.0), "`min_agreement`"),
+        (AccuracyBudget(max_drop=1.0, max_keep=-1), "`max_keep`"),
+        (AccuracyBudget(max_drop=1.0, max_evaluations=0), "`max_evaluations`"),
+        (AccuracyBudget(max_keep=3), "needs `max_drop`"),
     ],
 )
 def test_budgets_that_cannot_be_meant(budget, word):

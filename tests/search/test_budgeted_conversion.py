@@ -138,7 +138,7 @@ def test_fine_tuning_comes_after_the_search_and_counts():
     assert len(report.budget.trials) == 2
     assert not report.budget.met
     assert isinstance(caught.value.conversion, normswap.Conversion)
-    assert "more than --max-drop -1, the best of 2 tries with at most 1 put back" in str(caught.value)
+    assert "more than `max_drop` -1, the best of 2 tries with at most 1 put back" in str(caught.value)
 
 
 DIGITS = ("-m", MODEL, "--data-dir", FOLDER, "--eval-samples", 90, "--calib-samples", 64, "-j", 0, "--device", "cpu")
