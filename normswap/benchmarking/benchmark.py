@@ -1,6 +1,7 @@
 """The original, the fused model and the norm-free bound, timed in turn on each engine."""
 
 import copy
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -92,72 +93,119 @@ def benchmark_models(
         channels, height, width = pixels.shape[1:]
         input_size = (channels, height, width)
     size = resolve_input_size(original, input_size)
-    precision = dtype or weight.dtype
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    notes, usable = [], []
+    place = _Place(target, dtype or weight.dtype, torch.channels_last if channels_last else torch.contiguous_format)
+    usable, notes = _usable(engines, optional, place, amp_dtype)
+    progress("benchmark: build", 0, 1)
+    fused = stand_in(original, pixels) if fused is None else fused
+    bound = norm_free(original, fused)
+    models = {v: place.model(m) for v, m in zip(VARIANTS, (original, fused, bound, original), strict=True)}
+    settings = {
+        **place.settings(),
+        "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
+        "clock": "cuda events" if target.type == "cuda" else clock,
+        "rounds": rounds,
+        "images": "random" if pixels is None else getattr(images, "description", f"{len(pixels)} images"),
+    }
+    name = name or type(original).__name__
+    result = Benchmark(name, size[-1], settings, differences=differences(fused, bound), notes=notes)
+    tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
+    session = _Session(models, place, amp_dtype, pixels is None, tick, rounds, alone, notes)
+    cases = list(itertools.product(usable, batch_sizes))
+    turns = rounds * len(models)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), _steady(target), denormals_as_zero() if pixels is None else nullcontext():
+        for i, (engine, batch_size) in enumerate(cases):
+            batch = torch.randn(batch_size, *size, generator=generator) if pixels is None else pixels
+            batch = place.images(batch[torch.arange(batch_size) % len(batch)])
+            shown = _Shown(progress, f"{engine}, batch {batch_size}", i * turns, len(cases) * turns)
+            try:
+                result.timings += session.timings(engine, batch, shown)
+            except (BenchmarkError, MissingExtraError) as error:
+                if engine not in optional:
+                    raise
+                notes.append(f"{engine}, batch {batch_size}: not measured: {error}")
+    if not result.timings:
+        raise BenchmarkError(f"nothing could be measured: {'; '.join(notes)}")
+    result.notes = list(dict.fromkeys(notes))
+    progress("benchmark: done", len(cases) * turns, len(cases) * turns)
+    return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and in which form models and images are: device, dtype and memory layout."""
+
+    device: torch.device
+    dtype: torch.dtype
+    layout: torch.memory_format
+
+    def model(self, model: nn.Module) -> nn.Module:
+        moved = copy.deepcopy(model).to(self.device, self.dtype, memory_format=self.layout)  # type: ignore[call-overload]
+        return moved.eval()
+
+    def images(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.to(self.device, self.dtype, memory_format=self.layout)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is recorded of it, and of torch's own settings."""
+        return {
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "channels_last": self.layout == torch.channels_last,
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _usable(
+    engines: Iterable[str], optional: Collection[str], place: _Place, amp_dtype: torch.dtype | None
+) -> tuple[list[str], list[str]]:
+    """Return the engines that can run here, and why the optional ones among the others cannot."""
+    usable, notes = [], []
     for engine in engines:
         try:
-            check_engine(engine, target, precision, amp_dtype)
+            check_engine(engine, place.device, place.dtype, amp_dtype)
             usable.append(engine)
         except (BenchmarkError, MissingExtraError) as error:
             if engine not in optional:
                 raise
             notes.append(f"{engine}: not measured: {error}")
-    progress("benchmark: build", 0, 1)
-    fused = stand_in(original, pixels) if fused is None else fused
-    bound = norm_free(original, fused)
-    models = {
-        variant: copy.deepcopy(model).to(target, precision, memory_format=layout).eval()  # type: ignore[call-overload]
-        for variant, model in zip(VARIANTS, (original, fused, bound, original), strict=True)
-    }
-    result = Benchmark(
-        model=name or type(original).__name__,
-        img_size=size[-1],
-        settings={
-            "device": _device_name(target),
-            "precision": str(precision).removeprefix("torch."),
-            "amp_dtype": None if amp_dtype is None else str(amp_dtype).removeprefix("torch."),
-            "channels_last": channels_last,
-            "float32_matmul": torch.get_float32_matmul_precision(),
-            "threads": torch.get_num_threads(),
-            "clock": "cuda events" if target.type == "cuda" else clock,
-            "rounds": rounds,
-            "images": "random" if pixels is None else getattr(images, "description", f"{len(pixels)} images"),
-        },
-        differences=differences(fused, bound),
-        notes=notes,
-    )
-    tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
-    turns = len(usable) * len(batch_sizes) * rounds * len(models)
-    generator = torch.Generator().manual_seed(0)
-    random = pixels is None
-    with torch.no_grad(), _steady(target), denormals_as_zero() if random else nullcontext():
-        for i, engine in enumerate(usable):
-            for j, batch_size in enumerate(batch_sizes):
-                batch = torch.randn(batch_size, *size, generator=generator) if pixels is None else pixels
-                batch = batch[torch.arange(batch_size) % len(batch)]
-                batch = batch.to(target, precision, memory_format=layout)
-                before = (i * len(batch_sizes) + j) * rounds * len(models)
-                shown = _Shown(progress, f"{engine}, batch {batch_size}", before, turns)
-                try:
-                    with workplace(engine) as folder:
-                        runs = _prepared(models, engine, batch, folder, (amp_dtype, random), shown, result.notes)
-                        with alone():
-                            times, steps = _timed(runs, tick, rounds, target, shown)
-                            peaks = {variant: run.peak_memory() for variant, run in runs.items()}
-                    for variant, model in models.items():
-                        parameters = sum(p.numel() for p in model.parameters())
-                        seconds, peak = times[variant], peaks[variant]
-                        result.timings.append(Timing(variant, engine, batch_size, steps, seconds, parameters, peak))
-                except (BenchmarkError, MissingExtraError) as error:
-                    if engine not in optional:
-                        raise
-                    result.notes.append(f"{engine}, batch {batch_size}: not measured: {error}")
-    if not result.timings:
-        raise BenchmarkError(f"nothing could be measured: {'; '.join(result.notes)}")
-    result.notes = list(dict.fromkeys(result.notes))
-    progress("benchmark: done", turns, turns)
-    return result
+    return usable, notes
+
+
+@dataclass(frozen=True)
+class _Session:
+    """The variants and how they are timed; one case is one engine with one batch.
+
+    Attributes:
+        models: by variant.
+        place: where they are.
+        amp_dtype: autocast to it.
+        random: whether the images are random, so that denormal numbers count as zero.
+        clock: what times a step.
+        rounds: how often each variant has its turn.
+        alone: what is entered while a case is timed.
+        notes: where to say what is odd.
+    """
+
+    models: dict[str, nn.Module]
+    place: _Place
+    amp_dtype: torch.dtype | None
+    random: bool
+    clock: Clock
+    rounds: int
+    alone: Callable[[], AbstractContextManager[Any]]
+    notes: list[str]
+
+    def timings(self, engine: str, images: torch.Tensor, shown: "_Shown") -> list[Timing]:
+        """Return the timing of every variant on one engine and one batch `[B, C, H, W]`."""
+        with workplace(engine) as folder:
+            runs = _prepared(self.models, engine, images, folder, (self.amp_dtype, self.random), shown, self.notes)
+            with self.alone():
+                times, steps = _timed(runs, self.clock, self.rounds, self.place.device, shown)
+                peaks = {variant: run.peak_memory() for variant, run in runs.items()}
+        counts = {variant: sum(p.numel() for p in model.parameters()) for variant, model in self.models.items()}
+        return [Timing(v, engine, len(images), steps, times[v], counts[v], peaks[v]) for v in self.models]
 
 
 @dataclass(frozen=True)
@@ -266,10 +314,6 @@ def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, devi
         raise ArgumentError(f"the clock is wall or cpu, not {clock!r}")
     if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
         raise ArgumentError("CPU time measures a model on one thread of a CPU only: set one thread, and `device` cpu")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

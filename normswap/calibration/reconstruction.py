@@ -22,7 +22,7 @@ from .estimators import ESTIMATORS
 from .lockstep import Lane, Lockstep, Stop
 from .moments import CACHED_ROWS
 from .ridge import Gram, Solution, solve
-from .solvable_layers import Readers, Route, Writer, layer_at, picked, rows_in, rows_out
+from .solvable_layers import NoRoute, Readers, Route, Writer, find_route, layer_at, picked, rows_in, rows_out
 
 # Batches on which the error of the residual stream is measured.
 MEASURED = 4
@@ -60,7 +60,7 @@ class Reconstruction:
         fitted_to = sum(not _held_out(number) for number in range(self.batches))
         self.refine_steps = max(STEPS, fitted_to) if refine_steps is None else refine_steps
         self.result = Calibration(refine_steps=self.refine_steps if method == "reconstruct" else None)
-        self.routes: dict[tuple[int, Stop], Route] = {}
+        self.routes: dict[tuple[int, Stop], Route | NoRoute] = {}
 
     def set_norm(self, path: str, writer: Writer | None) -> None:
         """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is."""
@@ -106,18 +106,20 @@ class Reconstruction:
     def solve_writer(self, writer: Writer) -> None:
         """Fit a layer so that the residual stream behind it is the original's."""
         layer = layer_at(self._lane, writer.stop)
-        try:
-            scale = self._route(self._lane, writer).scale().to(layer.weight.device)
-        except ValueError as reason:
+        first = self._route(self._lane, writer)
+        if isinstance(first, NoRoute):
             for _ in self.lockstep.visit(writer.end, writer.stop):
                 pass
-            self._keep(writer.stop.path, "writer", 0, f"its way to the residual stream: {reason}")
+            self._keep(writer.stop.path, "writer", 0, f"its way to the residual stream: {first.reason}")
             return
+        scale = first.scale().to(layer.weight.device)
         grams = _Grams(self.batches)
         wanted: dict[int, Any] = {}
         before = _StreamSums(self.prefix_tokens)
         for batch in self.lockstep.visit(writer.end, writer.stop, [writer.end]):
             route = self._route(batch.converted, writer)
+            if isinstance(route, NoRoute):
+                raise CalibrationError(f"{writer.stop.path}: {route.reason} in one batch, and not in another")
             source = batch.converted.node(writer.stop).all_input_nodes[0]
             node = batch.converted.node(writer.stop)
             empty = torch.zeros(node.meta["val"].shape, dtype=layer.weight.dtype, device=layer.weight.device)
@@ -145,10 +147,10 @@ class Reconstruction:
     def _original_lane(self) -> Lane:
         return self.lockstep.original
 
-    def _route(self, lane: Lane, writer: Writer) -> Route:
+    def _route(self, lane: Lane, writer: Writer) -> Route | NoRoute:
         key = (id(lane), writer.stop)
         if key not in self.routes:
-            self.routes[key] = Route(lane, writer)
+            self.routes[key] = find_route(lane, writer)
         return self.routes[key]
 
     def _set(

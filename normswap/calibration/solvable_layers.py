@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..layers import NormedConv2d, NormedLinear, TokenBatchNorm, TokenBatchNorm2d
 from ..model_utils import widened
 from ..planning.channels import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow, moved
-from ..planning.graph import argument, operation, owner, users, weight_and_bias
+from ..planning.graph import Call, argument, operation, owner, users, weight_and_bias
 from .lockstep import Lane, Stop
 
 _LAYERS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
@@ -88,12 +88,12 @@ def find_writers(lane: Lane, sites: list[str]) -> list[Writer]:
     """Return the layers whose output joins the residual stream behind the first site, in execution order."""
     calls = {path: lane.graph.calls(path)[0] for path in sites}
     entered = {node: path for path, call in calls.items() for node in call.nodes}
-    dependent = image_dependent(lane)
+    norms = _Norms(calls, entered, image_dependent(lane))
     tainted = descendants([call.output for call in calls.values()])
     found = []
     for step in lane.steps:
         if step.call is None and _solvable(lane, step.node):
-            way = _way(lane, step.node, calls, entered, dependent)
+            way = _way(lane, step.node, norms)
             if way is not None and (way[1] or step.node in tainted or way[0] in tainted):
                 found.append(Writer(lane.place(step.node), lane.place(way[0]), tuple(way[1])))
     return found
@@ -132,62 +132,107 @@ def _solvable(lane: Lane, node: fx.Node) -> bool:
     return getattr(layer, "padding_mode", "zeros") == "zeros" and getattr(layer, "padding", 0) != "same"
 
 
-def _way(
-    lane: Lane, start: fx.Node, calls: dict[str, Any], entered: dict[fx.Node, str], dependent: set[fx.Node]
-) -> tuple[fx.Node, list[str]] | None:
+@dataclass(frozen=True)
+class _Norms:
+    """The norms that a way to the residual stream may pass, and what depends on the images."""
+
+    calls: dict[str, Call]
+    entered: dict[fx.Node, str]
+    dependent: set[fx.Node]
+
+
+def _way(lane: Lane, start: fx.Node, norms: _Norms) -> tuple[fx.Node, list[str]] | None:
     """Return where a layer's output joins the residual stream and the sites on the way, None if it does not."""
-    node, sites = start, []
+    node, sites = start, list[str]()
     while True:
         readers = [user for user in node.users if operation(user) not in SHAPE_ONLY]
-        paths = {entered.get(user) for user in readers}
+        paths = {norms.entered.get(user) for user in readers}
         if len(paths) == 1 and None not in paths:
             path = str(paths.pop())
-            if calls[path].input is not node or type(lane.model.get_submodule(path)) not in _NORMS:
+            if norms.calls[path].input is not node or type(lane.model.get_submodule(path)) not in _NORMS:
                 return None
-            node = calls[path].output
+            node = norms.calls[path].output
             sites.append(path)
             continue
         if len(readers) != 1:
             # A norm in front of the stream, as in a stem: what it gives is the stream.
-            return (node, sites) if sites and node is calls[sites[-1]].output and len(readers) > 1 else None
-        user = readers[0]
-        name, others = operation(user), [n for n in user.all_input_nodes if n is not node]
-        moving = [n for n in others if n in dependent]
-        if name == "add" and len(moving) == 1 and len(others) == 1:
-            ready = lane.index.get(moving[0], -1) < lane.index[start]
-            same = moving[0].meta["val"].shape == user.meta["val"].shape == node.meta["val"].shape
-            return (user, sites) if ready and same and user in lane.index and not user.kwargs else None
-        if moving or user not in lane.index:
-            return None
-        if not (name in REARRANGING | UNCHANGED and not others) and name not in ("add", "mul", "cat"):
+            return (node, sites) if sites and node is norms.calls[sites[-1]].output and len(readers) > 1 else None
+        (user,) = readers
+        others = [n for n in user.all_input_nodes if n is not node]
+        moving = [n for n in others if n in norms.dependent]
+        if operation(user) == "add" and len(moving) == 1 and len(others) == 1:
+            return (user, sites) if _joins(lane, start, node, user, moving[0]) else None
+        if moving or not _passes(lane, user, others):
             return None
         node = user
+
+
+def _joins(lane: Lane, start: fx.Node, node: fx.Node, user: fx.Node, stream: fx.Node) -> bool:
+    """Return whether an addition puts ``node`` onto a stream that is there before the layer at ``start`` runs."""
+    ready = lane.index.get(stream, -1) < lane.index[start]
+    same = stream.meta["val"].shape == user.meta["val"].shape == node.meta["val"].shape
+    return ready and same and user in lane.index and not user.kwargs
+
+
+def _passes(lane: Lane, user: fx.Node, others: list[fx.Node]) -> bool:
+    """Return whether a node only moves elements, or scales and shifts channels by what depends on no image."""
+    moves = operation(user) in REARRANGING | UNCHANGED and not others
+    return user in lane.index and (moves or operation(user) in ("add", "mul", "cat"))
 
 
 _NORMS = (TokenBatchNorm, TokenBatchNorm2d)
 
 
+@dataclass(frozen=True)
+class NoRoute:
+    """Why the outputs of a writer cannot be found again in the value it ends in."""
+
+    reason: str
+
+
 class Route:
-    """How the outputs of a writer lie in the value it ends in, for one shape of batch.
+    """How the outputs of a writer lie in the value it ends in, for one shape of batch; see `find_route`.
+
+    A layer whose two outputs are scaled on the way to the stream, by LayerScale:
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fc, self.gamma = nn.Linear(2, 2), nn.Parameter(torch.tensor([3.0, 4.0]))
+    ...
+    ...     def forward(self, x):
+    ...         return x + self.fc(x) * self.gamma
+    >>> lane = Lane(Block().eval(), torch.zeros(1, 5, 2), [])
+    >>> route = find_route(lane, Writer(Stop("fc", "linear"), Stop("", "add")))
+    >>> route.scale().tolist()
+    [3.0, 4.0]
+    >>> route.rows(torch.zeros(1, 5, 2)).shape
+    torch.Size([5, 2])
 
     Attributes:
         rows_layer, rows_end: rows of the layer's output `[M, O]` and of the end value that belong together.
         end_dim: the dimension of the end value that holds the channels.
-
-    Raises:
-        ValueError: channels are mixed up on the way, so no row of one is a row of the other.
     """
 
+    rows_layer: torch.Tensor
+    rows_end: torch.Tensor
+    end_dim: int
+
     def __init__(self, lane: Lane, writer: Writer) -> None:
-        self.lane, self.layer = lane, layer_at(lane, writer.stop)
-        start, end = lane.node(writer.stop), lane.node(writer.end)
-        shape = start.meta["val"].shape
-        linear = isinstance(self.layer, nn.Linear)
+        self.lane, self.writer = lane, writer
+        shape = lane.node(writer.stop).meta["val"].shape
+        linear = isinstance(layer_at(lane, writer.stop), nn.Linear)
         self.width = shape[-1] if linear else shape[1]
         self._inner = 1 if linear else shape[2] * shape[3]
         self._scales: list[tuple[Any, torch.Size, torch.Tensor]] = []
-        calls = {node: path for path in writer.sites for node in lane.graph.calls(path)[0].nodes}
-        node, ids = start, torch.arange(1, start.meta["val"].numel() + 1).reshape(shape)  # as the layer's output
+
+    def trace(self) -> NoRoute | None:
+        """Follow the outputs to the end value; return what stands in the way, None if nothing does."""
+        lane, end = self.lane, self.lane.node(self.writer.end)
+        calls = {node: path for path in self.writer.sites for node in lane.graph.calls(path)[0].nodes}
+        node = lane.node(self.writer.stop)
+        shape = node.meta["val"].shape
+        ids = torch.arange(1, shape.numel() + 1).reshape(shape)  # each element's own number, as the layer's output
         while node is not end:
             user = next(u for u in node.users if operation(u) not in SHAPE_ONLY)
             if user in calls:
@@ -199,15 +244,15 @@ class Route:
             if name == "mul":
                 factors = [n for n in user.all_input_nodes if n is not node]
                 if not factors or node.meta["val"].shape != user.meta["val"].shape:
-                    raise ValueError("scaled by a number or broadcast")
+                    return NoRoute("scaled by a number or broadcast")
                 self._scales.append((factors[0], ids.shape, self._pick(ids)))
             elif user is not end or name != "add":
                 following = moved(user, node, ids, name in ("add", "cat"))
                 if not isinstance(following, torch.Tensor):
-                    raise ValueError("cannot be followed")
+                    return NoRoute("cannot be followed")
                 ids = following
             node = user
-        self._match(ids)
+        return None if self._match(ids) else NoRoute("its channels do not arrive as channels")
 
     def _channel(self, ids: torch.Tensor) -> torch.Tensor:
         return (ids - 1) // self._inner % self.width
@@ -218,7 +263,8 @@ class Route:
         (there,) = (flat > 0).nonzero(as_tuple=True)
         return torch.zeros(self.width, dtype=torch.long).scatter_(0, self._channel(flat[there]), there)
 
-    def _match(self, ids: torch.Tensor) -> None:
+    def _match(self, ids: torch.Tensor) -> bool:
+        """Find the rows that belong together; return whether no channels are mixed up in them."""
         for dim in (-1, 1):
             rows = ids.movedim(dim, -1).reshape(-1, ids.shape[dim])  # [..., O] -> [M, O]
             if rows.shape[1] != self.width:
@@ -231,8 +277,8 @@ class Route:
                 element = known[:, 0] - 1
                 outer = element // (self._inner * self.width)
                 self.rows_layer = outer * self._inner + element % self._inner
-                return
-        raise ValueError("its channels do not arrive as channels")
+                return True
+        return False
 
     def scale(self) -> torch.Tensor:
         """Return what each output channel is multiplied with on the way, `[O]`, float64."""
@@ -250,3 +296,9 @@ class Route:
         """Return the rows of the end value that the layer writes, `[M, O]`, in the order of ``rows_layer``."""
         rows = end_value.movedim(self.end_dim, -1).reshape(-1, self.width)  # [..., O] -> [M, O]
         return widened(picked(rows, self.rows_end))
+
+
+def find_route(lane: Lane, writer: Writer) -> Route | NoRoute:
+    """Return how the outputs of a writer lie in the value it ends in, or why that cannot be said."""
+    route = Route(lane, writer)
+    return route.trace() or route

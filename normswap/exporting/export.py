@@ -149,12 +149,7 @@ def export_model(
     path = Path(path)
     check_export(path, format, dtype, overwrite)
     atol = ATOL[dtype] if atol is None else atol
-    if not atol >= 0:
-        raise ArgumentError(f"`atol` must be 0 or more, not {atol}")
-    if images is None and (dtype == "fp16" or int8_images is not None):
-        raise ArgumentError("FP16 and INT8 are checked on real images: give `images`")
-    if int8_images is not None and (format != "onnx" or static is not None):
-        raise ArgumentError("the INT8 check is made on an ONNX graph with an open batch size")
+    _check_arguments(format, dtype, static, atol, images, int8_images)
     source = _random(resolve_input_size(model)) if images is None else list(images)
     batches = list(rebatched(source, _BATCH))
     if not batches:
@@ -162,14 +157,11 @@ def export_model(
     size = (batches[0].shape[1], batches[0].shape[2], batches[0].shape[3])
     count = sum(len(batch) for batch in batches)
     described = f"{count} random images" if images is None else describe(images, count)
-    clock: dict[str, float] = {}
     name = name or str(pretrained_cfg(model).get("architecture", type(model).__name__))
-
-    start = time.perf_counter()
+    clock = _Clock()
     exported = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(DTYPES[dtype])
     program = export_program(exported, example_batch(exported, size, static or 2), dynamic=static is None)
     stayed = count_program(program)
-    allowed = set(stayed.norms) if kept is None else set(kept)
     record = _metadata(model, name, dtype, size, stayed.norms)
     with new_file(path, overwrite) as beside:
         if format == "onnx":
@@ -181,18 +173,15 @@ def export_model(
             torch.export.save(program, beside, extra_files={"normswap.json": json.dumps(record)})
             graph, loaded = stayed, _load_program(beside)
         del program
-        clock["export"] = round(time.perf_counter() - start, 3)
+        clock.note("export")
         comparison = _compare(model, loaded, batches, static, DTYPES[dtype], described, progress)
-        clock["compare"] = round(time.perf_counter() - start - clock["export"], 3)
-        half = int8 = None
-        if dtype == "fp16":
-            half = check_fp16(model, batches, original)
+        clock.note("compare")
+        half = check_fp16(model, batches, original) if dtype == "fp16" else None
+        int8 = None
         if int8_images is not None:
             models = {"original": original, name: model} if original is not None else {name: model}
-            calibration = rebatched(int8_images, _BATCH)
-            total = sum(len(batch) for batch in batches)
-            int8 = check_int8(models, calibration, source, opset, progress, total)
-        clock["checks"] = round(time.perf_counter() - start - clock["export"] - clock["compare"], 3)
+            int8 = check_int8(models, rebatched(int8_images, _BATCH), source, opset, progress, count)
+        clock.note("checks")
         files = sorted(beside.parent.iterdir(), key=lambda file: file != beside)
         report = ExportReport(
             model=name,
@@ -208,12 +197,34 @@ def export_model(
             atol=atol,
             half=half,
             int8=int8,
-            seconds=clock,
+            seconds=clock.seconds,
             versions=versions(*(EXTRA_ONNX if format == "onnx" else ())),
         )
-        _judge(report, allowed)
+        _judge(report, set(stayed.norms) if kept is None else set(kept))
     _drop_old_weights(path, files)
     return report
+
+
+class _Clock:
+    """Wall-clock seconds of one step after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def note(self, step: str) -> None:
+        """Take down how long the step took that ends here."""
+        now = time.perf_counter()
+        self.seconds[step], self._since = round(now - self._since, 3), now
+
+
+def _check_arguments(format: str, dtype: str, static: int | None, atol: float, images: Any, int8_images: Any) -> None:
+    if not atol >= 0:
+        raise ArgumentError(f"`atol` must be 0 or more, not {atol}")
+    if images is None and (dtype == "fp16" or int8_images is not None):
+        raise ArgumentError("FP16 and INT8 are checked on real images: give `images`")
+    if int8_images is not None and (format != "onnx" or static is not None):
+        raise ArgumentError("the INT8 check is made on an ONNX graph with an open batch size")
 
 
 def check_export(path: Path, format: str, dtype: str = "fp32", overwrite: bool = False) -> None:
