@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from . import arguments as a
 from . import options as o
 from .console import Console, NormswapCommand
 
@@ -104,19 +105,19 @@ def benchmark(
     if csv_file is not None:
         check_file(csv_file)
 
-    device = o.pick_device(options["device"])
+    device = a.pick_device(options["device"])
     if is_converted(model):
         raise ArgumentError(f"{model} is converted already: -m takes the original, --against the converted model")
-    weights = o.weights(options)
+    weights = a.weights(options)
     if ":" not in model and not weights["pretrained"] and weights["checkpoint"] is None:
         console.say("weights", "random: they do not change the time (--pretrained for timm's)")
         weights["random_weights"] = True
-    original = open_model(model, **weights, **o.architecture(options))
+    original = open_model(model, **weights, **a.architecture(options))
     fused = None
     if against is not None:
         console.say("load", against)
         fused = open_model(
-            against, **({} if is_converted(against) else {**o.architecture(options), **_no_weights(against)})
+            against, **({} if is_converted(against) else {**a.architecture(options), **_no_weights(against)})
         )
     images = None
     if options["data_dir"] is not None or options["dataset"]:
@@ -141,7 +142,7 @@ def benchmark(
                 rounds=rounds,
                 device=device,
                 dtype=getattr(torch, model_dtype) if model_dtype else None,
-                amp_dtype=o.amp_dtype(options),
+                amp_dtype=a.amp_dtype(options),
                 channels_last=channels_last,
                 clock=clock,
                 name=model,

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from . import export, following
+from . import arguments as a
+from . import conversion_output, export
 from . import options as o
 from .console import Console, JoinedCommand
 from .processes import is_first, joined
@@ -112,13 +113,13 @@ def run(console: Console, options: dict[str, Any]) -> None:
             if one.is_relative_to(other) or other.is_relative_to(one):
                 raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not in or around --output")
             check_target(options["save_swapped"], options["overwrite"], sources)
-    training = o.finetuning(options)
+    training = a.finetuning(options)
     if options["export"] == "onnx":
         require_onnx()  # not after minutes of calibration
     if training is not None:
         require_accelerate()
-    device = o.pick_device(options["device"])
-    model = pipeline.open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
+    device = a.pick_device(options["device"])
+    model = pipeline.open_model(options["model"], **a.weights(options), **a.architecture(options)).to(device)
     if out is not None:
         check_saveable(model)
     images, evaluation = load_splits(
@@ -127,7 +128,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
         options["train_split"],
         options["split"],
         train_labels=training is not None and training.labels > 0,
-        **o.data(options),
+        **a.data(options),
     )
     budget = {name: options[name] for name in ("max_drop", "min_agreement", "max_keep", "max_evaluations")}
     if options["save_best"] and options["max_drop"] is None and options["min_agreement"] is None:
@@ -141,7 +142,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
     calibration, train, held_out = images.draw(options["calib_samples"], options["seed"]), None, None
     if training is not None:
         counts = (options["calib_samples"], options["finetune_samples"])
-        calibration, train, held_out = o.training_sets(images, *counts, options["seed"])
+        calibration, train, held_out = a.training_sets(images, *counts, options["seed"])
     one_split = images is evaluation
     compared = evaluation.draw(min(export.EVAL_SAMPLES, options["eval_samples"] or sys.maxsize), options["seed"])
     if options["eval_samples"]:
@@ -172,7 +173,7 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 refine_steps=options["refine_steps"],
                 atol=options["atol"],
                 **budget,
-                amp_dtype=o.amp_dtype(options),
+                amp_dtype=a.amp_dtype(options),
                 finetune_options=training,
                 finetune_images=train,
                 finetune_held_out=held_out,
@@ -196,17 +197,17 @@ def run(console: Console, options: dict[str, Any]) -> None:
                 _save(best, options, sources)
                 text = f"{error}: saved all the same as {out}"
         if best is not None and options["save_best"] and options["export"] is not None:
-            tables = _tell(console, error.report, options["verbose"])
+            tables = conversion_output.tell(console, error.report, options["verbose"])
             _export(console, options, out, error.report, tables, compared)
         else:
-            _show(console, error.report, options["verbose"])
+            conversion_output.show(console, error.report, options["verbose"])
         raise CheckFailedError(text) from error
     if options["export"] is None:
-        _show(console, result.report, options["verbose"])
-        _say_what_next(console, options, result.report, out)
+        conversion_output.show(console, result.report, options["verbose"])
+        conversion_output.say_what_next(console, options, result.report, out)
         return
-    tables = _tell(console, result.report, options["verbose"])
-    _say_what_next(console, options, result.report, out)
+    tables = conversion_output.tell(console, result.report, options["verbose"])
+    conversion_output.say_what_next(console, options, result.report, out)
     _export(console, options, out, result.report, tables, compared)
 
 
@@ -233,7 +234,7 @@ def _export(console: Console, options: dict[str, Any], out: Path, report: Any, t
 
 
 def _save(result: Any, options: dict[str, Any], sources: list[Path]) -> None:
-    settings = (options["overwrite"], sources, ["normswap", *sys.argv[1:]], o.preprocessing(options) or None)
+    settings = (options["overwrite"], sources, ["normswap", *sys.argv[1:]], a.preprocessing(options) or None)
     result.save(options["output"], *settings, options["report"])
     if options["save_swapped"] is not None:
         result.save_swapped(options["save_swapped"], *settings)
@@ -247,81 +248,3 @@ def _sources(options: dict[str, Any]) -> list[Path]:
 
 def _readers_only(options: dict[str, Any]) -> bool:
     return options["method"] == "reconstruct" and options["reconstruct"] == "readers"
-
-
-def _show(console: Console, report: Any, verbose: int) -> None:
-    if report is not None:
-        console.result(report.to_json(), *_tell(console, report, verbose))
-
-
-def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
-    """Say what was found; return the tables."""
-    from rich.markup import escape
-
-    from normswap.budget import trade_line, trade_table
-    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
-    from normswap.summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
-
-    if report.calibration_passes is not None:
-        seconds = report.seconds["calibrate"]
-        cost = f"{seconds:.1f} s, {report.calibration_passes:.1f} plain forward passes over the same images"
-        console.say("cost", f"calibration took {cost}")
-    if report.finetuning is not None:
-        console.say("finetune", report.finetuning.line())
-    fit = fit_line(report.fits)
-    if fit:
-        console.say("fit", fit)
-    for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
-        console.say("kept", line)
-    if report.stayed:
-        console.say("stayed", f"{len(report.stayed)} of {len(report.plan)} LayerNorms: {', '.join(report.stayed)}")
-    if report.budget is not None:
-        console.say("budget", trade_line(report.budget))
-    scarce = scarce_rows(report.layers)
-    if scarce:
-        console.say("scarce", scarce)
-    for stage in report.stages:
-        line = stage.accuracy_line()
-        if line:
-            console.say("eval", f"{stage.name:<10} {line}")
-    for name in report.skipped_images[:3]:
-        console.say("skipped", f"{name} cannot be read")
-    if len(report.skipped_images) > 3:
-        console.say("skipped", f"{len(report.skipped_images)} images in all")
-    console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
-    tables = []
-    if verbose:
-        tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
-    if report.stream:
-        tables.append(stream_table(report.stream, every=verbose > 0))
-    if report.worst:
-        rows = worst_rows(report.worst, None if verbose else 3)
-        cells = [[escape(cell) for cell in row] for row in rows]
-        tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
-    if report.budget is not None:
-        tables.append(trade_table(report.budget))
-    if report.stages:
-        tables.append(stages_table(report.stages))
-    return tables
-
-
-def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
-    from normswap.page import can_render
-    from normswap.save import PAGE
-
-    page = (out / PAGE).is_file()
-    files = "model.safetensors, config.json, normswap.json, README.md"
-    console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
-    if not page and options["report"] is not False:
-        why = f"it could not be made, as normswap report {out} will tell"
-        missing = f"pip install 'normswap[report]', then normswap report {out}"
-        console.say("report", f"no {PAGE}: {why if can_render() else missing}")
-    if report.stock_timm is None:
-        loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
-        console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
-    else:
-        console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
-    if options["save_swapped"] is not None:
-        console.say("wrote", f"{options['save_swapped']}, with BatchNorm in: for normswap finetune and normswap fuse")
-    words = ("evaluate", "-m", f"local-dir:{out}", *following.against(options), *following.images(options))
-    console.say("next", following.line(*words))

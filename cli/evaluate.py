@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from . import arguments as a
 from . import options as o
 from .console import Console, NormswapCommand
 
@@ -34,27 +35,27 @@ def evaluate(
     from normswap.provenance import versions
     from normswap.report import plain, stages_table
 
-    device = o.pick_device(options["device"])
-    architecture = o.architecture(options)
+    device = a.pick_device(options["device"])
+    architecture = a.architecture(options)
     # A converted folder knows its own architecture; with --against the options are for the original.
     own = {} if against is not None and is_converted(model) else architecture
-    measured = open_model(model, **o.weights(options), **own).to(device)
+    measured = open_model(model, **a.weights(options), **own).to(device)
     models = {model: measured}
     if against is not None:
         console.say("load", against)
         reference = open_model(
             against,
-            **o.against_weights(options),
+            **a.against_weights(options),
             **({} if is_converted(against) else architecture),
         ).to(device)
         # The reference comes first; the same name twice still is two models.
         models = {against: reference, model if model != against else f"{model} (2)": measured}
-    images = load_images(measured, options["data_dir"], options["split"], **o.data(options))
+    images = load_images(measured, options["data_dir"], options["split"], **a.data(options))
     if options["eval_samples"]:
         images = images.draw(options["eval_samples"], options["seed"])
     console.say("evaluate", f"on {images.description}, device {device}")
     with console.progress() as progress:
-        stages = evaluate_models(models, images, o.amp_dtype(options), progress, len(images))
+        stages = evaluate_models(models, images, a.amp_dtype(options), progress, len(images))
     last = stages[-1]
     line = last.accuracy_line()
     if line:

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from . import following
+from . import arguments as a
+from . import next_command
 from . import options as o
 from .console import Console, NormswapCommand
 
@@ -71,16 +72,16 @@ def export(**options: Any) -> None:
         raise ArgumentError(f"{folder}: no normswap.json in it; any other model goes by -m local-dir:{folder} -o FILE")
     path = options["output"] or default_path(folder, options["format"], options["dtype"])
     check_export(path, options["format"], options["dtype"], options["overwrite"])
-    device = o.pick_device(options["device"])
-    own = {} if options["against"] is not None and is_converted(name) else o.architecture(options)
-    opened = open_model(name, **o.weights(options), **own).to(device)
+    device = a.pick_device(options["device"])
+    own = {} if options["against"] is not None and is_converted(name) else a.architecture(options)
+    opened = open_model(name, **a.weights(options), **own).to(device)
     original = None
     if options["against"] is not None:
         console.say("load", options["against"])
         original = open_model(
             options["against"],
-            **o.against_weights(options),
-            **({} if is_converted(options["against"]) else o.architecture(options)),
+            **a.against_weights(options),
+            **({} if is_converted(options["against"]) else a.architecture(options)),
         ).to(device)
     images = int8_images = None
     if options["data_dir"] is not None or options["dataset"]:
@@ -146,9 +147,9 @@ def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     from normswap.data import load_images, load_splits
 
     if not options["int8"]:
-        images = load_images(model, options["data_dir"], options["split"], **o.data(options))
+        images = load_images(model, options["data_dir"], options["split"], **a.data(options))
         return images.draw(options["eval_samples"], options["seed"]), None
-    splits = load_splits(model, options["data_dir"], options["train_split"], options["split"], **o.data(options))
+    splits = load_splits(model, options["data_dir"], options["train_split"], options["split"], **a.data(options))
     train, images = splits
     return (
         images.draw(options["eval_samples"], options["seed"]),
@@ -196,10 +197,10 @@ def _say_what_next(console: Console, options: dict[str, Any], report: Any) -> No
     say_files(console, report)
     if options["dtype"] == "fp32":
         source = [options["folder"]] if options["folder"] else ["-m", options["model"], "-o", "FILE"]
-        images = following.images(options) or ["--data-dir", "IMAGES"]
-        original = following.still_against(options) or ["--against", "ORIGINAL"]
+        images = next_command.images(options) or ["--data-dir", "IMAGES"]
+        original = next_command.still_against(options) or ["--against", "ORIGINAL"]
         words = ("export", *source, "--format", report.format, "--dtype", "fp16", *images, *original)
-        console.say("next", following.line(*words))
+        console.say("next", next_command.line(*words))
     elif report.format == "onnx":
         console.say("next", f'onnxruntime.InferenceSession("{report.files[0]}").run(None, {{"images": float16 array}})')
     else:

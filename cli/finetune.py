@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from . import following
+from . import arguments as a
+from . import next_command
 from . import options as o
 from .console import Console, JoinedCommand, NormswapCommand
 from .processes import is_first, joined
@@ -51,7 +52,7 @@ def finetune(**options: Any) -> None:
     from normswap.data import load_splits
     from normswap.report import stages_table
 
-    training = o.finetuning(options)
+    training = a.finetuning(options)
     images, evaluation = load_splits(
         swapped.model,
         options["data_dir"],
@@ -62,7 +63,7 @@ def finetune(**options: Any) -> None:
     )
     # The same draw as convert's: its held out images come behind those it calibrated on.
     seen = swapped.report.calib_samples
-    _, train, held_out = o.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
+    _, train, held_out = a.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
     if options["eval_samples"]:
         evaluation = evaluation.draw(options["eval_samples"], options["seed"])
     console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
@@ -80,7 +81,7 @@ def finetune(**options: Any) -> None:
             eval_images=evaluation,
             state=options["finetune_state"],
             resume=options["resume"],
-            amp_dtype=o.amp_dtype(options),
+            amp_dtype=a.amp_dtype(options),
             progress=progress,
         )
         if not is_first():
@@ -95,8 +96,8 @@ def finetune(**options: Any) -> None:
     console.say("finetune", report.finetuning.line())
     console.result(report.to_json(), stages_table(report.stages))
     console.say("wrote", f"{out}/swapped.safetensors, config.json, swapped.json")
-    given = (*following.still_against(options), *following.images(options))
-    console.say("next", following.line("fuse", "-m", out, *given, "-o", "FOLDER"))
+    given = (*next_command.still_against(options), *next_command.images(options))
+    console.say("next", next_command.line("fuse", "-m", out, *given, "-o", "FOLDER"))
 
 
 @click.command(cls=NormswapCommand)
@@ -133,7 +134,7 @@ def fuse(**options: Any) -> None:
                 images,
                 original=original,
                 atol=options["atol"],
-                amp_dtype=o.amp_dtype(options),
+                amp_dtype=a.amp_dtype(options),
                 progress=progress,
             )
             command = ["normswap", *sys.argv[1:]]
@@ -158,7 +159,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     from normswap.save import model_arguments
 
     check_target(options["output"], options["overwrite"], _sources(options))
-    device = o.pick_device(options["device"])
+    device = a.pick_device(options["device"])
     swapped = load_swapped(options["model"].removeprefix("local-dir:"))
     typed = options["against"]
     options["against"] = typed or swapped.report.model
@@ -168,7 +169,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
         return swapped, None, device
     name = options["against"]
     console.say("load", f"{name}, the original")
-    weights = o.against_weights(options)
+    weights = a.against_weights(options)
     if ":" not in name and not any(weights.values()):
         raise ArgumentError(
             f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
@@ -184,12 +185,12 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
 
 def _data(options: dict[str, Any], swapped: Any) -> dict[str, Any]:
     """Pick the arguments of `normswap.load_images`; the images have the size that the swapped checkpoint is for."""
-    return o.data({**options, "img_size": None}) | {"input_size": swapped.plan.input_size}
+    return a.data({**options, "img_size": None}) | {"input_size": swapped.plan.input_size}
 
 
 def _preprocessing(options: dict[str, Any]) -> dict[str, Any] | None:
     """Pick the overrides of the data config, for the record of what is written."""
-    return o.preprocessing({**options, "img_size": None}) or None
+    return a.preprocessing({**options, "img_size": None}) or None
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:

@@ -9,7 +9,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .finetune import finetune, fuse
-from .plan import inspect
+from .inspect import inspect
 from .push import push
 from .report import report
 

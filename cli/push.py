@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from . import following
+from . import next_command
 from .console import Console, NormswapCommand
 from .options import output_options
 
@@ -53,7 +53,7 @@ def push(folder: Path, repo_id: str, dry_run: bool, as_json: bool, quiet: bool, 
         console.say("note", "this model misses the accuracy budget it was converted with")
     console.say("note", "normswap.json holds the command line that made it, with its paths")
     if dry_run:
-        again = following.flags({**options, "message": message if message != _MESSAGE else None}, _SENT)
-        console.say("next", f"{following.line('push', folder, repo_id, *again)}   (nothing was sent)")
+        again = next_command.flags({**options, "message": message if message != _MESSAGE else None}, _SENT)
+        console.say("next", f"{next_command.line('push', folder, repo_id, *again)}   (nothing was sent)")
     else:
         console.say("pushed", str(record["url"]))

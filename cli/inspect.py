@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
+from .arguments import architecture
 from .console import Console, NormswapCommand
-from .options import architecture, architecture_options, output_options
+from .options import architecture_options, output_options
 
 
 @click.command(cls=NormswapCommand)

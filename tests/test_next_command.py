@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from normswap.demo import FOLDER, MODEL
-from normswap_cli import following
+from normswap_cli import next_command
 
 from .test_cli import DEMO, IMAGES, one_object, run
 
@@ -78,8 +78,8 @@ def test_every_value_is_typed_as_it_was_given():
         "data_dir": None, "dataset": "hfds/x", "split": "validation", "class_map": None, "no_labels": True,
         "crop_pct": None, "mean": (0.5, 0.5, 0.5), "std": None, "interpolation": "bilinear",
     }  # fmt: skip
-    words = [*following.against(options), *following.images(options)]
-    assert following.line("evaluate", *words) == (
+    words = [*next_command.against(options), *next_command.images(options)]
+    assert next_command.line("evaluate", *words) == (
         "normswap evaluate --against vit_tiny_patch16_224 --against-checkpoint 'a b.pth' --against-use-ema "
         "--num-classes 10 --in-chans 1 --model-kwargs depth=2 --model-kwargs 'norm='\"'\"'a b'\"'\"'' "
         "--dataset hfds/x --no-labels --mean 0.5 0.5 0.5 --interpolation bilinear"
