@@ -1,18 +1,13 @@
 """The options of the calibration on the command line, and what it shows of it."""
 
 import inspect
-import io
 import re
 from typing import get_args
-
-import pytest
-from rich.console import Console as RichConsole
 
 import normswap
 from normswap.calibrate import RECONSTRUCT
 from normswap.estimate import METHODS
 from normswap.plan import FfnBn
-from normswap_cli.console import Console
 from normswap_cli.main import cli
 
 from .test_cli import DEMO, converted, one_object, run
@@ -75,19 +70,3 @@ def test_tables_are_brief_and_in_full_with_v(tmp_path):
             re.M,
         )
         assert rows(result.stdout, "fused")
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_is_for_terminals(terminal):
-    console = Console()
-    console.talk = RichConsole(file=io.StringIO(), force_terminal=terminal, width=120, force_interactive=terminal)
-    with console.progress() as update:
-        update("calibrate: blocks.0.norm1", 0, 4)
-        update("calibrate: blocks.0.attn.qkv", 2, 4)
-    shown = console.talk.file.getvalue()
-    if not terminal:
-        assert shown == ""
-        return
-    assert "blocks.0.attn.qkv" in shown
-    assert "2/4" in shown
-    assert re.search(r"-:--:--|\d:\d\d:\d\d", shown)  # the time left
