@@ -65,7 +65,7 @@ def finetuning(options: dict[str, Any]) -> Any:
     """Return the `normswap.FinetuneOptions` that were asked for, None without fine-tuning.
 
     Raises:
-        ArgumentError: numbers that cannot be meant, or --resume without a state.
+        ArgumentError: invalid numbers, or --resume without a state.
     """
     import torch
 
@@ -74,10 +74,10 @@ def finetuning(options: dict[str, Any]) -> Any:
 
     if not options["finetune_epochs"]:
         if options["resume"] or options["finetune_state"] or options.get("control"):
-            raise ArgumentError("--resume, --finetune-state and --control go with --finetune-epochs")
+            raise ArgumentError("--resume, --finetune-state and --control require --finetune-epochs")
         return None
     if options["resume"] and options["finetune_state"] is None:
-        raise ArgumentError("--resume needs a state, the file to go on from: --finetune-state (finetune: --state)")
+        raise ArgumentError("--resume needs the state file of a run: --finetune-state (finetune: --state)")
     chosen = FinetuneOptions(
         epochs=options["finetune_epochs"],
         lr=options["lr"],
@@ -120,7 +120,7 @@ def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> 
     from normswap.training import held_out_of
 
     if len(images) < 2:
-        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(images)}")
+        raise ArgumentError(f"fine-tuning needs at least two images, there are {len(images)}")
     train = min(train or calibrate, len(images))
     held = held_out_of(train)
     calibrate, train = (min(count, len(images) - held) for count in (calibrate, train - held))

@@ -9,22 +9,34 @@ from .console import Console
 
 
 def show(console: Console, report: Any, verbose: int) -> None:
+    """Say what was found, and print the data."""
     if report is not None:
         console.result(report.to_json(), *tell(console, report, verbose))
 
 
 def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     """Say what was found; return the tables."""
-    from rich.markup import escape
+    _say_calibration(console, report, verbose)
+    for stage in report.stages:
+        line = stage.accuracy_line()
+        if line:
+            console.say("eval", f"{stage.name:<10} {line}")
+    for name in report.skipped_images[:3]:
+        console.say("skipped", f"{name} cannot be read")
+    if len(report.skipped_images) > 3:
+        console.say("skipped", f"{len(report.skipped_images)} images in all")
+    console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
+    return _tables(report, verbose)
 
-    from normswap.budget import trade_line, trade_table
-    from normswap.report import kept_layers, layers_table, scarce_rows, sites_table, stages_table, stream_table, table
-    from normswap.summary import WORST_COLUMNS, WORST_TITLE, fit_line, worst_rows
+
+def _say_calibration(console: Console, report: Any, verbose: int) -> None:
+    from normswap.budget import trade_line
+    from normswap.report import kept_layers, scarce_rows
+    from normswap.summary import fit_line
 
     if report.calibration_passes is not None:
-        seconds = report.seconds["calibrate"]
-        cost = f"{seconds:.1f} s, {report.calibration_passes:.1f} plain forward passes over the same images"
-        console.say("cost", f"calibration took {cost}")
+        seconds, passes = report.seconds["calibrate"], report.calibration_passes
+        console.say("cost", f"calibration took {seconds:.1f} s, {passes:.1f} plain forward passes over the same images")
     if report.finetuning is not None:
         console.say("finetune", report.finetuning.line())
     fit = fit_line(report.fits)
@@ -39,15 +51,15 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     scarce = scarce_rows(report.layers)
     if scarce:
         console.say("scarce", scarce)
-    for stage in report.stages:
-        line = stage.accuracy_line()
-        if line:
-            console.say("eval", f"{stage.name:<10} {line}")
-    for name in report.skipped_images[:3]:
-        console.say("skipped", f"{name} cannot be read")
-    if len(report.skipped_images) > 3:
-        console.say("skipped", f"{len(report.skipped_images)} images in all")
-    console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
+
+
+def _tables(report: Any, verbose: int) -> list[Any]:
+    from rich.markup import escape
+
+    from normswap.budget import trade_table
+    from normswap.report import layers_table, sites_table, stages_table, stream_table, table
+    from normswap.summary import WORST_COLUMNS, WORST_TITLE, worst_rows
+
     tables = []
     if verbose:
         tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
@@ -64,17 +76,20 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     return tables
 
 
-def say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
+def say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:
+    """Say what was written, how to load it, and how to measure it again."""
     from normswap.page import can_render
     from normswap.save import PAGE
 
+    out: Path = options["output"]
     page = (out / PAGE).is_file()
     files = "model.safetensors, config.json, normswap.json, README.md"
     console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
     if not page and options["report"] is not False:
-        why = f"it could not be made, as normswap report {out} will tell"
-        missing = f"pip install 'normswap[report]', then normswap report {out}"
-        console.say("report", f"no {PAGE}: {why if can_render() else missing}")
+        command = next_command.line("report", {}, out)
+        missing = f"pip install 'normswap[report]' && {command}"
+        why = f"it could not be made; for the reason run {command}" if can_render() else missing
+        console.say("report", f"no {PAGE}: {why}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
         console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
@@ -82,5 +97,5 @@ def say_what_next(console: Console, options: dict[str, Any], report: Any, out: P
         console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
     if options["save_swapped"] is not None:
         console.say("wrote", f"{options['save_swapped']}, with BatchNorm in: for normswap finetune and normswap fuse")
-    words = ("evaluate", "-m", f"local-dir:{out}", *next_command.against(options), *next_command.images(options))
-    console.say("next", next_command.line(*words))
+    changes = {**next_command.as_original(options), "model": f"local-dir:{out}"}
+    console.say("next", next_command.line("evaluate", options, **changes))

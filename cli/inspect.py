@@ -2,36 +2,38 @@
 
 from typing import Any
 
-import click
+import cloup
 
+from . import next_command
+from . import options as o
 from .arguments import architecture
 from .console import Console, NormswapCommand
-from .options import architecture_options, output_options
 
 
-@click.command(cls=NormswapCommand)
-@architecture_options()
-@click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
-@output_options()
-def inspect(model: str, keep: tuple[str, ...], as_json: bool, quiet: bool, verbose: int, **options: Any) -> None:
-    """Say for each LayerNorm of a model what normswap would do with it, and why.
+@cloup.command(cls=NormswapCommand)
+@o.model_group(weights=False)
+@cloup.option_group("Plan", o.keep_option())
+@o.messages_group()
+def inspect(**options: Any) -> None:
+    """Show what would become of each LayerNorm of a model, and why.
 
-    No weights are loaded. Verdicts: fold-forward (into the layers that read it), fold-backward (into what it is
-    made of), affine (a scale and shift stays, no LayerNorm), keep (the LayerNorm stays).
+    No weights are loaded. Verdicts: fold-forward (into the layers that read it), fold-backward (into the layers that
+    write its input), affine (a scale and shift remains, no LayerNorm), keep (the LayerNorm remains).
 
     \b
     normswap inspect -m vit_base_patch16_224
     normswap inspect -m local-dir:my-model --json
     """
-    console = Console(as_json, quiet)
+    console = Console(options["as_json"], options["quiet"])
     from normswap import make_plan
     from normswap.pipeline import open_model
 
-    plan = make_plan(open_model(model, weights=False, **architecture(options)), keep)
+    model = options["model"]
+    plan = make_plan(open_model(model, weights=False, **architecture(options)), options["keep"])
     console.result(plan.to_json(), plan.table())
     for ffn in plan.ffns:
         if ffn.reason:
             console.say("ffn", f"no BatchNorm in {ffn.path} ({ffn.kind}): {ffn.reason}")
     console.say("plan", plan.summary())
-    pretrained = "" if ":" in model else " --pretrained"
-    console.say("next", f"normswap convert -m {model}{pretrained} --data-dir IMAGES -o OUT")
+    changes = {**next_command.with_images(options), "pretrained": ":" not in model, "output": "OUT"}
+    console.say("next", next_command.line("convert", options, **changes))

@@ -1,4 +1,4 @@
-"""Options that several commands share, spelled as timm spells them where timm has them."""
+"""Options that several commands share, in the groups of --help; spelled as timm spells them where timm has them."""
 
 import ast
 from collections.abc import Callable
@@ -6,19 +6,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from cloup import option, option_group
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+Decorator = Callable[[F], F]
 
 
 class ModelKwarg(click.ParamType):
@@ -37,7 +31,7 @@ class ModelKwarg(click.ParamType):
 
 
 class Size(click.ParamType):
-    """A memory size, as 512M or 8G, in bytes."""
+    """A memory size, for example 512M or 8G, in bytes."""
 
     name = "SIZE"
 
@@ -51,221 +45,333 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def architecture_options(required: bool = True) -> Callable[[F], F]:
-    return _all(
-        click.option(
+def numbers(*declarations: str, type: click.ParamType, default: Any = None, metavar: str = "N", **more: Any) -> Any:
+    """Return an option that takes a number; help shows the default if there is one."""
+    return option(*declarations, type=type, default=default, show_default=default is not None, metavar=metavar, **more)
+
+
+def model_group(required: bool = True, weights: bool = True) -> Decorator:
+    """Return the options of -m: its architecture and, unless only the architecture is wanted, its weights."""
+    where = [
+        option("--pretrained", is_flag=True, help="load timm's weights for a plain model name"),
+        option("--checkpoint", type=_FILE, help="weights file: .safetensors, or .pth/.pt without code in it"),
+        option("--use-ema", is_flag=True, help="load the EMA weights of a training checkpoint"),
+    ]
+    return option_group(
+        "Model",
+        option(
             "-m",
             "--model",
             required=required,
             metavar="MODEL",
-            help="what timm.create_model takes: a name, hf-hub:ID or local-dir:PATH",
+            help="timm model name, hf-hub:ID or local-dir:PATH",
         ),
-        click.option("--num-classes", type=click.IntRange(0), help="classes; 0 for a headless model [model's own]"),
-        click.option("--img-size", type=click.IntRange(1), help="height and width in pixels [model's own]"),
-        click.option("--in-chans", type=click.IntRange(1), help="image channels [model's own]"),
-        click.option("--model-kwargs", type=ModelKwarg(), multiple=True, help="more arguments for timm, repeatable"),
-    )
-
-
-def weights_options() -> Callable[[F], F]:
-    return _all(
-        click.option("--pretrained", is_flag=True, help="timm's weights for a plain name"),
-        click.option(
-            "--checkpoint",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="weights file: .safetensors, or .pth/.pt without code in it",
-        ),
-        click.option("--use-ema", is_flag=True, help="take the EMA weights of a training checkpoint"),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
-    )
-
-
-def against_options(what: str = "the original to compare with, in the same form as -m") -> Callable[[F], F]:
-    return _all(
-        click.option("--against", metavar="MODEL", help=what),
-        click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
-        click.option(
-            "--against-checkpoint",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="weights file for --against",
-        ),
-        click.option("--against-use-ema", is_flag=True, help="take the EMA weights of --against-checkpoint"),
-    )
-
-
-def data_options() -> Callable[[F], F]:
-    return _all(
-        image_options(),
-        click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
-        click.option(
-            "--amp-dtype",
-            type=click.Choice(["float16", "bfloat16"]),
-            default="float16",
-            show_default=True,
-            help="of --amp",
+        *(where if weights else ()),
+        numbers("--num-classes", type=click.IntRange(0), help="number of classes; 0: headless model  [model's own]"),
+        numbers("--img-size", type=click.IntRange(1), help="image height and width in pixels  [model's own]"),
+        numbers("--in-chans", type=click.IntRange(1), help="number of image channels  [model's own]"),
+        option(
+            "--model-kwargs", type=ModelKwarg(), multiple=True, help="more arguments of timm.create_model; repeatable"
         ),
     )
 
 
-def source_options(split: str = "split to evaluate on") -> Callable[[F], F]:
-    return _all(
-        click.option(
+def keep_option() -> Decorator:
+    return option(
+        "--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, for example 'blocks.0.*'; repeatable"
+    )
+
+
+def against_group(model: str = "original model to compare with, in the same form as -m") -> Decorator:
+    return option_group(
+        "Original model",
+        option("--against", metavar="MODEL", help=model),
+        option("--against-pretrained", is_flag=True, help="load timm's weights for --against"),
+        option("--against-checkpoint", type=_FILE, help="weights file for --against"),
+        option("--against-use-ema", is_flag=True, help="load the EMA weights of --against-checkpoint"),
+    )
+
+
+def source_options(split: str = "split to evaluate on") -> tuple[Decorator, ...]:
+    """Return the options that say where images come from."""
+    return (
+        option(
             "--data-dir",
             type=click.Path(exists=True, path_type=Path),
             help="folder of class folders, folder with one folder or .tar per split, or a .tar",
         ),
-        click.option("--dataset", default="", help="timm's dataset name, as torch/cifar10 or hfds/..."),
-        click.option("--split", default="validation", show_default=True, help=split),
+        option(
+            "--dataset", metavar="NAME", default="", help="timm's dataset name, for example torch/cifar10 or hfds/..."
+        ),
+        option("--split", metavar="NAME", default="validation", show_default=True, help=split),
     )
 
 
-def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
-    return _all(
-        source_options(),
-        click.option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm's class map file"),
-        click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
-        click.option(
+def images_group(*more: Decorator, eval_samples: int | None = None) -> Decorator:
+    """Return the options that say which images; ``more`` come behind the split to evaluate on."""
+    return option_group(
+        "Images",
+        *source_options(),
+        *more,
+        numbers(
             "--eval-samples",
             type=click.IntRange(1),
             default=eval_samples,
-            show_default=eval_samples is not None,
-            help="evaluate on a random part" + ("" if eval_samples else " [all images]"),
+            help="number of images to evaluate on, drawn at random" + ("" if eval_samples else "  [all]"),
         ),
-        click.option("--max-skipped", type=click.IntRange(0), default=10, show_default=True, help="unreadable images"),
-        click.option(
-            "-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="images at once"
+        option("--no-labels", is_flag=True, help="ignore the labels; compare with the original model only"),
+        option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm class map file"),
+        numbers(
+            "--max-skipped", type=click.IntRange(0), default=10, help="maximum number of unreadable images to skip"
         ),
-        click.option(
-            "-j", "--workers", type=click.IntRange(0), default=2, show_default=True, help="processes that read images"
+        numbers("--seed", type=click.IntRange(0, 2**63 - 1), default=42, help="random seed for drawing images"),
+    )
+
+
+def train_split_option(purpose: str) -> Decorator:
+    return option(
+        "--train-split",
+        metavar="NAME",
+        default="train",
+        show_default=True,
+        help=f"split {purpose}, if the data set has it",
+    )
+
+
+def preprocessing_group() -> Decorator:
+    return option_group(
+        "Preprocessing",
+        numbers(
+            "--crop-pct",
+            type=click.FloatRange(0, min_open=True),
+            metavar="X",
+            help="share of the image that the centre crop keeps  [model's own]",
         ),
-        click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="[model's own]"),
-        click.option("--mean", type=float, nargs=3, help="[model's own]"),
-        click.option("--std", type=click.FloatRange(0, min_open=True), nargs=3, help="[model's own]"),
-        click.option("--interpolation", type=click.Choice(_INTERPOLATIONS), help="[model's own]"),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="draws calibration images"
+        numbers(
+            "--mean", type=click.FLOAT, nargs=3, metavar="R G B", help="mean to subtract per channel  [model's own]"
+        ),
+        numbers(
+            "--std",
+            type=click.FloatRange(0, min_open=True),
+            nargs=3,
+            metavar="R G B",
+            help="standard deviation to divide by per channel  [model's own]",
+        ),
+        option(
+            "--interpolation",
+            type=click.Choice(_INTERPOLATIONS),
+            metavar="MODE",
+            help=f"resizing: {', '.join(_INTERPOLATIONS)}  [model's own]",
         ),
     )
 
 
-def budget_options() -> Callable[[F], F]:
-    return _all(
-        click.option(
-            "--max-drop",
-            type=float,
-            metavar="PTS",
-            help="lose at most so many points of top-1: LayerNorms stay as needed, exit 4 if that does not do",
+def device_option() -> Decorator:
+    return option(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one",
+    )
+
+
+def amp_options(purpose: str) -> tuple[Decorator, ...]:
+    return (
+        option("--amp", is_flag=True, help=purpose),
+        option(
+            "--amp-dtype",
+            type=click.Choice(["float16", "bfloat16"]),
+            default="float16",
+            show_default=True,
+            help="data type of mixed precision",
         ),
-        click.option(
+    )
+
+
+def device_group(amp: bool = True) -> Decorator:
+    """Return the options that say how images go through a model."""
+    return option_group(
+        "Device and speed",
+        device_option(),
+        numbers("-b", "--batch-size", type=click.IntRange(1), default=64, help="number of images per batch"),
+        numbers("-j", "--workers", type=click.IntRange(0), default=2, help="number of processes that read images"),
+        *(amp_options("evaluate in mixed precision; calibration and folding never use it") if amp else ()),
+    )
+
+
+def budget_group() -> Decorator:
+    return option_group(
+        "Accuracy budget",
+        numbers(
+            "--max-drop",
+            type=click.FLOAT,
+            metavar="PTS",
+            help="maximum top-1 drop in points; restores LayerNorms as needed, exits 4 if unreachable",
+        ),
+        numbers(
             "--min-agreement",
             type=click.FloatRange(0, 100),
             metavar="PCT",
-            help="the same for the percent of the original's answers kept; needs no labels",
+            help="minimum top-1 agreement with the original in percent, likewise; needs no labels",
         ),
-        click.option("--max-keep", type=click.IntRange(0), help="LayerNorms that may stay for it; 0 only checks [any]"),
-        click.option(
-            "--max-evaluations",
-            type=click.IntRange(1),
-            default=8,
-            show_default=True,
-            help="conversions that may be tried for it",
+        numbers(
+            "--max-keep",
+            type=click.IntRange(0),
+            help="maximum number of LayerNorms to restore; 0 only checks the budget  [any]",
         ),
-        click.option("--save-best", is_flag=True, help="save the best of them even if it misses the budget"),
+        numbers("--max-evaluations", type=click.IntRange(1), default=8, help="maximum number of conversions to try"),
+        option("--save-best", is_flag=True, help="save the best attempt even if it misses the budget"),
     )
 
 
-def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = "those of calibration") -> Any:
+def atol_option() -> Decorator:
+    return numbers(
+        "--atol",
+        type=click.FLOAT,
+        default=1e-3,
+        metavar="X",
+        help="maximum change of a logit by the fold; exits 4 if it is larger",
+    )
+
+
+def finetune_group(
+    *more: Decorator, prefix: str = "finetune-", epochs: int = 0, samples: str = "as many as for calibration"
+) -> Decorator:
     """Return the options of fine-tuning; ``prefix`` goes before the names that mean something else in convert."""
-    return _all(
-        click.option(
+    return option_group(
+        "Fine-tuning",
+        numbers(
             f"--{prefix}epochs",
             "finetune_epochs",
             type=click.IntRange(0 if prefix else 1),
             default=epochs,
-            show_default=True,
-            help="distil from the original",
+            help="number of epochs of distillation from the original model" + ("; 0: none" if prefix else ""),
         ),
-        click.option(
+        numbers(
             f"--{prefix}samples",
             "finetune_samples",
             type=click.IntRange(2),
-            help=f"images to train on [{samples}]",
+            help=f"number of images to train on, with those held out  [{samples}]",
         ),
-        click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
-        click.option(
-            "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
+        *_optimiser_options(),
+        *_loss_options(),
+        *_training_options(),
+        option("--train-amp", is_flag=True, help="train in bfloat16 mixed precision"),
+        option(
+            f"--{prefix}state",
+            "finetune_state",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="file that keeps the state of the training run",
         ),
-        click.option(
-            "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="of the optimiser"
+        option("--resume", is_flag=True, help=f"resume the training run from --{prefix}state"),
+        *more,
+    )
+
+
+def _optimiser_options() -> tuple[Decorator, ...]:
+    positive = click.FloatRange(0, min_open=True)
+    return (
+        numbers("--lr", type=positive, default=1e-5, metavar="X", help="peak learning rate"),
+        numbers("--train-batch-size", type=click.IntRange(1), default=32, help="batch size in training"),
+        numbers(
+            "--grad-accum-steps",
+            type=click.IntRange(1),
+            default=1,
+            help="gradient accumulation: batches per optimiser step",
         ),
-        click.option(
+        option("--opt", metavar="NAME", default="adamw", show_default=True, help="timm optimiser"),
+        numbers(
+            "--weight-decay",
+            type=click.FloatRange(0),
+            default=0.0,
+            metavar="X",
+            help="weight decay of the optimiser",
+        ),
+        numbers(
             "--warmup",
             type=click.FloatRange(0, 1, max_open=True),
             default=0.1,
-            show_default=True,
-            help="of the steps",
+            metavar="X",
+            help="learning rate warm-up: share of the steps",
         ),
-        click.option("--train-batch-size", type=click.IntRange(1), default=32, show_default=True, help="of one step"),
-        click.option(
-            "--grad-accum-steps", type=click.IntRange(1), default=1, show_default=True, help="batches per step"
-        ),
-        click.option(
-            "--clip-grad", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="largest norm"
-        ),
-        click.option("--kl-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the answers"),
-        click.option(
-            "--feature-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the residual stream"
-        ),
-        click.option(
-            "--label-weight", type=click.FloatRange(0), default=0.0, show_default=True, help="of the labels' loss"
-        ),
-        click.option(
+        numbers("--clip-grad", type=positive, default=1.0, metavar="X", help="gradient clipping: maximum norm"),
+    )
+
+
+def _loss_options() -> tuple[Decorator, ...]:
+    weights = (
+        ("--kl-weight", 1.0, "loss weight of the KL of the outputs"),
+        ("--feature-weight", 1.0, "loss weight of the error in the residual stream"),
+        ("--label-weight", 0.0, "loss weight of the labels"),
+    )
+    return tuple(
+        numbers(flag, type=click.FloatRange(0), default=default, metavar="X", help=text)
+        for flag, default, text in weights
+    )
+
+
+def _training_options() -> tuple[Decorator, ...]:
+    return (
+        option(
             "--bn-mode",
             type=click.Choice(["frozen", "train"]),
             default="frozen",
             show_default=True,
-            help="BatchNorm as it was set, or with each batch's statistics",
+            help="BatchNorm statistics in training: calibrated ones, or those of each batch",
         ),
-        click.option("--train-stem", is_flag=True, help="train the first layer too; it makes runs less stable"),
-        click.option(
-            "--hflip", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="mirror training images"
+        option("--train-stem", is_flag=True, help="train the stem too; training becomes less stable"),
+        numbers(
+            "--hflip",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            metavar="P",
+            help="augmentation: probability of a horizontal flip",
         ),
-        click.option(
+        numbers(
             "--scale",
             type=click.FloatRange(0, 1, min_open=True),
             default=1.0,
-            show_default=True,
-            help="least share of a training image that a random crop keeps",
+            metavar="X",
+            help="augmentation: minimum share of the area that a random crop keeps",
         ),
-        click.option(
-            "--fade", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="blend over this share of the run"
+        numbers(
+            "--fade",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            metavar="X",
+            help="share of the run over which each LayerNorm is blended into its BatchNorm",
         ),
-        click.option(
+        option(
             "--fade-order",
             type=click.Choice(["all", "blockwise", "mlp-first"]),
             default="all",
             show_default=True,
-            help="which LayerNorms fade when",
+            help="order in which the LayerNorms are blended",
         ),
-        click.option(
+        numbers(
             "--model-ema-decay",
             type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="average the weights [off]",
+            metavar="X",
+            help="decay of an exponential moving average of the weights  [off]",
         ),
-        click.option("--train-amp", is_flag=True, help="fine-tune in bfloat16 mixed precision"),
-        click.option(
-            f"--{prefix}state",
-            "finetune_state",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="keep the run's state here",
-        ),
-        click.option("--resume", is_flag=True, help=f"go on from --{prefix}state"),
     )
 
 
-def output_options() -> Callable[[F], F]:
-    return _all(
-        click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
-        click.option("-q", "--quiet", is_flag=True, help="no talk on stderr"),
-        click.option("-v", "--verbose", count=True, help="-v: every layer, warnings, logs; -vv: tracebacks"),
+def output_group(*options: Decorator, what: str = "folder to write", required: bool = False, **more: Any) -> Decorator:
+    """Return -o, --overwrite and a command's own options of what it writes."""
+    return option_group(
+        "Output",
+        option("-o", "--output", required=required, type=click.Path(path_type=Path), help=what, **more),
+        option("--overwrite", is_flag=True, help=f"replace an existing {what.split()[0]}"),
+        *options,
+    )
+
+
+def messages_group() -> Decorator:
+    return option_group(
+        "Messages",
+        option("--json", "as_json", is_flag=True, help="print one JSON object on stdout"),
+        option("-q", "--quiet", is_flag=True, help="suppress log output"),
+        option("-v", "--verbose", count=True, help="-v: every layer, warnings, logs; -vv: also tracebacks"),
     )
