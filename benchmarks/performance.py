@@ -24,7 +24,8 @@ import timm
 import torch
 
 import normswap
-from normswap.benchmarking.benchmark import EAGER, ONNXRUNTIME, benchmark_models
+from normswap.benchmarking.benchmark import benchmark_models
+from normswap.benchmarking.options import EAGER, ONNXRUNTIME
 from normswap.benchmarking.variants import stand_in
 from normswap.errors import BenchmarkError
 

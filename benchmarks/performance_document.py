@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from normswap.benchmarking.benchmark import COMPILE, EAGER, ENGINES
+from normswap.benchmarking.options import COMPILE, EAGER, ENGINES
 from normswap.benchmarking.results import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 
 MODELS = {

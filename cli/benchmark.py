@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
+from cloup import option
 
+from normswap.benchmarking.options import CLOCKS, DEFAULT_ROUNDS, FEWEST_ROUNDS, WALL
+
+from . import arguments as a
+from . import next_command
 from . import options as o
 from .console import Console, NormswapCommand
-
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class BatchSizes(click.ParamType):
@@ -22,144 +26,163 @@ class BatchSizes(click.ParamType):
         except ValueError:
             sizes = []
         if not sizes or min(sizes) < 1:
-            self.fail(f"{value!r} is no batch size: whole numbers from 1, with commas between", param, ctx)
+            self.fail(f"{value!r} is no batch size: write whole numbers from 1 with commas between them", param, ctx)
         return sizes
 
 
-@click.command(cls=NormswapCommand)
-@o.architecture_options()
-@o.weights_options()
-@click.option("--against", metavar="MODEL", help="the converted model, local-dir:OUT [one is built for its time alone]")
-@o.source_options("split whose first images are used")
-@click.option(
-    "-b",
-    "--batch-size",
-    "batch_sizes",
-    type=BatchSizes(),
-    multiple=True,
-    default=["1,16"],
-    show_default=True,
-    help="images per step; repeatable",
+@cloup.command(cls=NormswapCommand)
+@o.model_group()
+@cloup.option_group(
+    "Converted model",
+    option("--against", metavar="MODEL", help="converted model, local-dir:OUT  [one is built for its time alone]"),
 )
-@click.option("--rounds", type=click.IntRange(3), default=25, show_default=True, help="turns of each model")
-@click.option("--threads", type=click.IntRange(1), help="of the CPU [torch's own choice]")
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="cpu: CPU time, for a shared machine; one thread only",
+@cloup.option_group("Images", *o.source_options("split whose first images are used"))
+@cloup.option_group(
+    "Timing",
+    option(
+        "-b",
+        "--batch-size",
+        "batch_sizes",
+        type=BatchSizes(),
+        multiple=True,
+        default=["1,16"],
+        show_default=True,
+        help="images per step; repeatable",
+    ),
+    o.numbers(
+        "--rounds",
+        type=click.IntRange(FEWEST_ROUNDS),
+        default=DEFAULT_ROUNDS,
+        help="number of times each model is timed",
+    ),
+    o.device_option(),
+    o.numbers("--threads", type=click.IntRange(1), help="number of CPU threads  [torch's own choice]"),
+    option(
+        "--clock",
+        type=click.Choice(CLOCKS),
+        default=WALL,
+        show_default=True,
+        help="cpu: CPU time, for a shared machine; needs one thread",
+    ),
 )
-@click.option("--compile", "--torchcompile", "compiled", is_flag=True, help="torch.compile as well (takes minutes)")
-@click.option(
-    "--onnxruntime/--no-onnxruntime", default=None, help="ONNX Runtime as well, in float32 [where it is installed]"
+@cloup.option_group(
+    "Engines and data types",
+    option("--compile", "--torchcompile", "compiled", is_flag=True, help="also time torch.compile (takes minutes)"),
+    option(
+        "--onnxruntime/--no-onnxruntime", default=None, help="also time ONNX Runtime in float32  [if it is installed]"
+    ),
+    option("--channels-last", is_flag=True, help="channels-last memory layout"),
+    *o.amp_options("time in mixed precision"),
+    option(
+        "--model-dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        help="data type of weights and images  [the checkpoint's]",
+    ),
 )
-@click.option("--channels-last", is_flag=True, help="memory layout of images and convolutions")
-@click.option("--amp", is_flag=True, help="mixed precision")
-@click.option("--amp-dtype", type=click.Choice(_DTYPES[1:]), default="float16", show_default=True, help="of --amp")
-@click.option("--model-dtype", type=click.Choice(_DTYPES), help="of weights and images [the checkpoint's]")
-@click.option(
-    "--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False, writable=True), help="write a table here"
+@cloup.option_group(
+    "Output",
+    option(
+        "--csv",
+        "csv_file",
+        type=click.Path(path_type=Path, dir_okay=False, writable=True),
+        help="also write the table to this file",
+    ),
 )
-@o.output_options()
-def benchmark(
-    model: str,
-    against: str | None,
-    batch_sizes: tuple[list[int], ...],
-    rounds: int,
-    threads: int | None,
-    clock: str,
-    compiled: bool,
-    onnxruntime: bool | None,
-    channels_last: bool,
-    model_dtype: str | None,
-    csv_file: Path | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: int,
-    **options: Any,
-) -> None:
-    """Time a model against its converted form and against the same architecture without any norm.
+@o.messages_group()
+def benchmark(**options: Any) -> None:
+    """Time a model, its converted form and a norm-free bound.
 
-    The models run in turn in one process; every round gives a ratio, and its median and quartiles are shown. Without
-    --against a fused model is built: wrong answers, right time. Without images random ones are used, and denormal
-    numbers count as zero. Columns are named as in timm's benchmark.py. Peak memory is that of weights and activations,
-    without the images.
+    The models run in turn in one process; every round gives a ratio, and its median and quartiles are shown. The bound
+    is the same architecture without any norm. Without --against a fused model is built: wrong outputs, right time.
+    Without images random ones are used, and denormal numbers count as zero. Columns are named as in timm's
+    benchmark.py. Peak memory is that of weights and activations, without the images.
 
     \b
     normswap benchmark -m local-dir:my-model --against local-dir:out --data-dir images --threads 1
     normswap benchmark -m vit_base_patch16_224 -b 1,128 --device cuda --amp --amp-dtype bfloat16 --compile
     """
-    console = Console(as_json, quiet)
-    console.say("load", model)
+    console = Console(options["as_json"], options["quiet"])
+    console.say("load", options["model"])
     import torch
 
-    from normswap import benchmark_models, load_images
-    from normswap.benchmarking.benchmark import COMPILE, EAGER, ONNXRUNTIME
-    from normswap.benchmarking.engines import has_onnxruntime
-    from normswap.benchmarking.results import check_file
-    from normswap.errors import ArgumentError
-    from normswap.pipeline.open_model import is_converted, open_model
+    from normswap.atomic import check_file
 
+    csv_file = options["csv_file"]
     if csv_file is not None:
-        check_file(csv_file)
-
-    device = o.pick_device(options["device"])
-    if is_converted(model):
-        raise ArgumentError(f"{model} is converted already: -m takes the original, --against the converted model")
-    weights = o.weights(options)
-    if ":" not in model and not weights["pretrained"] and weights["checkpoint"] is None:
-        console.say("weights", "random: they do not change the time (--pretrained for timm's)")
-        weights["random_weights"] = True
-    original = open_model(model, **weights, **o.architecture(options))
-    fused = None
-    if against is not None:
-        console.say("load", against)
-        fused = open_model(
-            against, **({} if is_converted(against) else {**o.architecture(options), **_no_weights(against)})
-        )
-    images = None
-    if options["data_dir"] is not None or options["dataset"]:
-        split = (options["data_dir"], options["split"], options["dataset"])
-        images = load_images(original, *split, labels=False)
-        images = images.draw(max(size for sizes in batch_sizes for size in sizes), 42)
-        console.say("images", images.description)
-    engines = [EAGER, *([COMPILE] if compiled else [])]
-    if onnxruntime or (onnxruntime is None and has_onnxruntime()):
-        engines.append(ONNXRUNTIME)
+        check_file(csv_file, overwrite=True)
+    device = a.pick_device(options["device"])
+    original, fused = _open(console, options)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(options["threads"] or before)
     try:
-        with console.progress() as progress:
-            result = benchmark_models(
-                original,
-                fused,
-                images=images,
-                batch_sizes=list(dict.fromkeys(size for sizes in batch_sizes for size in sizes)),
-                engines=engines,
-                optional=[] if onnxruntime else [ONNXRUNTIME],
-                rounds=rounds,
-                device=device,
-                dtype=getattr(torch, model_dtype) if model_dtype else None,
-                amp_dtype=o.amp_dtype(options),
-                channels_last=channels_last,
-                clock=clock,
-                name=model,
-                progress=progress,
-            )
+        result = _measure(console, options, original, fused, device)
     finally:
         torch.set_num_threads(before)
     if csv_file is not None:
         result.write_csv(csv_file)
-    console.result({**result.to_json(), "against": against}, result.table())
+    console.result({**result.to_json(), "against": options["against"]}, result.table())
     for line in result.lines():
         console.say("note" if line in result.notes else "speed", line)
     if csv_file is not None:
         console.say("wrote", str(csv_file))
+    if options["against"] is None:
+        pretrained = ":" not in options["model"] and options["checkpoint"] is None
+        changes = {**next_command.with_images(options), "pretrained": pretrained, "output": "OUT"}
+        console.say("next", next_command.line("convert", options, **changes))
+
+
+def _open(console: Console, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the original, and the converted model if one was named."""
+    from normswap.errors import ArgumentError
+    from normswap.pipeline.open_model import is_converted, open_model
+
+    model, against = options["model"], options["against"]
+    if is_converted(model):
+        raise ArgumentError(f"{model} is converted already: -m takes the original, --against the converted model")
+    weights = a.weights(options)
+    if ":" not in model and not weights["pretrained"] and weights["checkpoint"] is None:
+        console.say("weights", "random: they do not change the time (--pretrained for timm's)")
+        weights["random_weights"] = True
+    original = open_model(model, **weights, **a.architecture(options))
     if against is None:
-        pretrained = "" if ":" in model or weights["checkpoint"] else " --pretrained"
-        console.say("next", f"normswap convert -m {model}{pretrained} --data-dir IMAGES -o OUT")
+        return original, None
+    console.say("load", against)
+    if is_converted(against):
+        return original, open_model(against)
+    return original, open_model(against, random_weights=":" not in against, **a.architecture(options))
 
 
-def _no_weights(model: str) -> dict[str, bool]:
-    return {} if ":" in model else {"random_weights": True}
+def _measure(console: Console, options: dict[str, Any], original: Any, fused: Any, device: str) -> Any:
+    import torch
+
+    from normswap import benchmark_models, load_images
+    from normswap.benchmarking.engines import has_onnxruntime
+    from normswap.benchmarking.options import COMPILE, EAGER, ONNXRUNTIME
+
+    batch_sizes = list(dict.fromkeys(size for sizes in options["batch_sizes"] for size in sizes))
+    images = None
+    if options["data_dir"] is not None or options["dataset"]:
+        split = (options["data_dir"], options["split"], options["dataset"])
+        images = load_images(original, *split, labels=False).draw(max(batch_sizes), 42)
+        console.say("images", images.description)
+    onnxruntime, dtype = options["onnxruntime"], options["model_dtype"]
+    engines = [EAGER, *([COMPILE] if options["compiled"] else [])]
+    if onnxruntime or (onnxruntime is None and has_onnxruntime()):
+        engines.append(ONNXRUNTIME)
+    with console.progress() as progress:
+        return benchmark_models(
+            original,
+            fused,
+            images=images,
+            batch_sizes=batch_sizes,
+            engines=engines,
+            optional=[] if onnxruntime else [ONNXRUNTIME],
+            rounds=options["rounds"],
+            device=device,
+            dtype=getattr(torch, dtype) if dtype else None,
+            amp_dtype=a.amp_dtype(options),
+            channels_last=options["channels_last"],
+            clock=options["clock"],
+            name=options["model"],
+            progress=progress,
+        )

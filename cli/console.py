@@ -3,21 +3,29 @@
 import json
 import logging
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import click
+import cloup
 
-from .processes import is_first
+from .flags import in_flags
+from .processes import Terminated, is_first, terminable
 
-GROUP_EPILOG = """Data goes to stdout, progress and talk to stderr. Exit codes: 0 done, 1 failure, 2 usage, 3 model
-refused, 4 a check failed (the fold is not exact, or the accuracy drop is over budget)."""
+GROUP_EPILOG = """Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 failure or Ctrl-C, 2
+usage, 3 model refused, 4 a check failed (the fold is not exact, or the accuracy drop is over budget), 143 SIGTERM. A
+command that is interrupted leaves no partial output."""
+
+Progress = Callable[[str, int, int], None]
 
 
-class NormswapCommand(click.Command):
+class NormswapCommand(cloup.Command):
     """A command whose errors are one line; a traceback only with -vv. Of several processes the first does it alone."""
 
     joined = False
@@ -32,17 +40,28 @@ class NormswapCommand(click.Command):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
         try:
-            return super().invoke(ctx)
+            with terminable():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, KeyboardInterrupt):
             raise
+        except Terminated:
+            raise _Failure("terminated by SIGTERM; unfinished output was removed", Terminated.exit_code) from None
         except Exception as error:
             if not is_first():  # the first process fails alike, and says so
                 raise click.exceptions.Exit(getattr(error, "exit_code", 1)) from error
             if verbose > 1:
                 traceback.print_exc()
-            raise _Failure(_line(error), getattr(error, "exit_code", 1)) from error
+            raise _Failure(in_flags(_line(error), self), getattr(error, "exit_code", 1)) from error
         finally:
             logging.disable(logging.NOTSET)
+
+    def get_default_option_group(
+        self, ctx: click.Context, is_the_only_visible_option_group: bool = False
+    ) -> cloup.OptionGroup:
+        """Return the group of what is in no other: --help, which click adds by itself."""
+        group = cloup.OptionGroup("Help")
+        group.options = self.get_ungrouped_options(ctx)
+        return group
 
 
 class JoinedCommand(NormswapCommand):
@@ -58,12 +77,11 @@ class _Failure(click.ClickException):
 
 
 def _line(error: Exception) -> str:
-    from normswap.errors import NormswapError
+    from normswap.errors import NormswapError, one_line
 
     if isinstance(error, NormswapError):
         return " ".join(str(error).split())
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text} (unexpected; run again with -vv for the traceback)"
+    return f"{type(error).__name__}: {one_line(error)} (unexpected; run again with -vv for the traceback)"
 
 
 class Console:
@@ -71,22 +89,24 @@ class Console:
 
     Args:
         as_json: stdout gets one JSON object and nothing else.
-        quiet: no talk.
+        quiet: print no messages.
+        clock: seconds, for the progress lines of a log.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console as RichConsole
 
         self.as_json = as_json
         self.silent = not is_first()
         self.quiet = quiet or self.silent
+        self.clock = clock
         self.talk = RichConsole(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=True)
         self.data = RichConsole(quiet=(quiet and as_json) or self.silent, highlight=False)
         if not self.data.is_terminal:
             self.data.width = 140
 
     def say(self, label: str, text: str) -> None:
-        """Print one line of talk."""
+        """Print one message."""
         self.talk.print(f"{label:<10} {text}", markup=False)
 
     def result(self, record: dict[str, Any], *tables: Any) -> None:
@@ -98,28 +118,81 @@ class Console:
             target.print(table, soft_wrap=False)
 
     @contextmanager
-    def progress(self) -> Iterator[Any]:
-        """Yield a callback (what, done, total) that draws a bar on a terminal and nothing elsewhere.
+    def progress(self) -> Iterator[Progress]:
+        """Yield a callback (what, done, total): bars on a terminal, lines in a log, nothing with -q.
 
-        What stands behind a colon, as in "calibrate: blocks.0.norm1", is shown beside the bar of what stands before it.
+        What stands behind a colon, as in "calibrate: blocks.0.norm1", is the detail of the stage that stands before it.
         """
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        if self.talk.is_interactive and not self.quiet:
+            with self._bars() as update:
+                yield update
+        else:
+            yield ProgressLines(self.say, self.clock)
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress]:
+        from rich import progress as rich
 
         columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[where]}", markup=False),
+            rich.TextColumn("{task.description:<12}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeRemainingColumn(elapsed_when_finished=True),
+            rich.TextColumn("{task.fields[where]}", markup=False),
         )
-        disable = self.quiet or not self.talk.is_terminal
-        with Progress(*columns, console=self.talk, transient=True, disable=disable) as bars:
+        with rich.Progress(*columns, console=self.talk, transient=True) as bars:
             tasks: dict[str, Any] = {}
 
             def update(what: str, done: int, total: int) -> None:
-                what, _, where = what.partition(": ")
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total, where=where)
-                bars.update(tasks[what], completed=done, total=total, where=where)
+                stage, _, where = what.partition(": ")
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total, where=where)
+                bars.update(tasks[stage], completed=done, total=total, where=where)
 
             yield update
+
+
+class ProgressLines:
+    """Progress for a log: a line when a stage begins, then at most one in `EVERY` seconds.
+
+    Args:
+        say: prints one message, given a label and a text.
+        clock: seconds.
+    """
+
+    EVERY = 30.0
+
+    def __init__(self, say: Callable[[str, str], None], clock: Callable[[], float]) -> None:
+        self._say = say
+        self._clock = clock
+        self._stages: dict[str, _Stage] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        name, _, where = what.partition(": ")
+        now = self._clock()
+        stage = self._stages.get(name)
+        is_new = stage is None
+        if stage is None:
+            stage = self._stages[name] = _Stage(now, done, now, done)
+        elif done < stage.done:  # it runs again, for another model
+            stage.began, stage.first = now, done
+        stage.done = done
+        if is_new or now - stage.printed >= self.EVERY:
+            stage.printed = now
+            self._say("progress", stage.line(name, total, now) + (f", {where}" if where and not is_new else ""))
+
+
+@dataclass
+class _Stage:
+    """A stage of the work: when it began and with how much done, when its last line came, how much is done now."""
+
+    began: float
+    first: int
+    printed: float
+    done: int
+
+    def line(self, name: str, total: int, now: float) -> str:
+        if self.done <= self.first or total < self.done:
+            return f"{name}: {self.done} of {total}"
+        left = timedelta(seconds=round((now - self.began) / (self.done - self.first) * (total - self.done)))
+        return f"{name}: {self.done} of {total} ({100 * self.done / total:.0f} %), {left} left"

@@ -1,83 +1,115 @@
 """``normswap convert``: checkpoint in, fused safetensors out."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import cloup
+from cloup import option
 
-from . import export, following
+from normswap.calibration.options import METHODS, RECONSTRUCT, CalibrationOptions
+from normswap.exporting.options import FORMATS
+from normswap.pipeline.options import EvaluationOptions
+from normswap.planning.options import FFN_BN
+
+from . import arguments as a
+from . import conversion_output, export
 from . import options as o
 from .console import Console, JoinedCommand
 from .processes import is_first, joined
 
-# The library's own lists cannot be imported here: they come with torch. A test holds these equal to them.
-_METHODS = ("reconstruct", "channel", "moments")
-_RECONSTRUCT = ("all", "readers")
-_POSITIONS = ("pre-act", "post-act", "none")
+_CALIBRATION, _EVALUATION = CalibrationOptions(), EvaluationOptions()
 
 
-@click.command(cls=JoinedCommand)
-@o.architecture_options()
-@o.weights_options()
-@o.data_options()
-@click.option("--train-split", default="train", show_default=True, help="split to calibrate on, if there is one")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder to write")
-@click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty")
-@click.option(
-    "--method",
-    type=click.Choice(_METHODS),
-    default="reconstruct",
-    show_default=True,
-    help="re-solve the layers around each norm, or set BatchNorm only",
+def _calibration_group() -> o.Decorator:
+    return cloup.option_group(
+        "Calibration",
+        o.numbers(
+            "--calib-samples",
+            type=click.IntRange(1),
+            default=1024,
+            help="number of calibration images; they need no labels",
+        ),
+        o.keep_option(),
+        option(
+            "--method",
+            type=click.Choice(METHODS),
+            default=_CALIBRATION.method,
+            show_default=True,
+            help="refit the linear layers around each norm, or only set BatchNorm: per channel, or from its moments",
+        ),
+        option(
+            "--reconstruct",
+            type=click.Choice(RECONSTRUCT),
+            default=_CALIBRATION.reconstruct,
+            show_default=True,
+            help="layers to refit: those that read a norm, or also those that write to the residual stream",
+        ),
+        o.numbers(
+            "--refine-steps",
+            type=click.IntRange(0),
+            help="gradient steps of 32 images for each attention; more steps raise agreement but take longer  "
+            "[one per batch, at least 28]",
+        ),
+        option(
+            "--memory-budget",
+            type=o.Size(),
+            help="memory for calibration activations, for example 512M or 8G, on the host and again on a GPU; "
+            "the rest goes to disk  [half of what is free]",
+        ),
+        option(
+            "--ffn-bn",
+            type=click.Choice(FFN_BN),
+            default=FFN_BN[0],
+            show_default=True,
+            help="position of the BatchNorm inserted into each FFN",
+        ),
+        o.atol_option(),
+    )
+
+
+def _output_group() -> o.Decorator:
+    return o.output_group(
+        option("--dry-run", is_flag=True, help="show the plan and the images without converting"),
+        option("--report/--no-report", default=None, help="write report.html  [if the report extra is installed]"),
+        o.numbers(
+            "--worst-images",
+            type=click.IntRange(0),
+            default=_EVALUATION.worst_images,
+            help="number of the most changed images in the report",
+        ),
+        option(
+            "--save-swapped",
+            type=click.Path(path_type=Path),
+            metavar="FOLDER",
+            help="also write the model before folding, for normswap finetune and normswap fuse",
+        ),
+        option(
+            "--export",
+            type=click.Choice(FORMATS),
+            help="also write a graph into the folder, as normswap export does",
+        ),
+    )
+
+
+@cloup.command(cls=JoinedCommand)
+@o.model_group()
+@o.images_group(o.train_split_option("to calibrate on"))
+@_output_group()
+@_calibration_group()
+@o.budget_group()
+@o.device_group()
+@o.preprocessing_group()
+@o.finetune_group(
+    option("--control", is_flag=True, help="also fine-tune the unconverted model, with the same options"),
 )
-@click.option(
-    "--reconstruct",
-    type=click.Choice(_RECONSTRUCT),
-    default="all",
-    show_default=True,
-    help="re-solve what reads a norm, or also what writes to the residual stream",
-)
-@click.option(
-    "--refine-steps",
-    type=click.IntRange(0),
-    help="gradient steps, of 32 images each, for every attention; more bring the answers nearer and take longer  "
-    "[one for each batch fitted to, 28 at least]",
-)
-@click.option(
-    "--memory-budget",
-    type=o.Size(),
-    help="memory for calibration's activations, as 512M or 8G, and as much of a GPU's; the rest goes to disk  "
-    "[half of what is free]",
-)
-@click.option(
-    "--ffn-bn", type=click.Choice(_POSITIONS), default="pre-act", show_default=True, help="BatchNorm inside the FFN"
-)
-@click.option(
-    "--calib-samples", type=click.IntRange(1), default=1024, show_default=True, help="images, no labels needed"
-)
-@click.option("--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, as 'blocks.0.*'; repeatable")
-@o.budget_options()
-@click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
-@o.finetune_options()
-@click.option("--control", is_flag=True, help="also fine-tune the unconverted model alike")
-@click.option(
-    "--save-swapped",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="also write the model before the fold, for normswap finetune and normswap fuse",
-)
-@click.option("--worst-images", type=click.IntRange(0), default=8, show_default=True, help="pictures in the report")
-@click.option("--report/--no-report", default=None, help="write report.html  [if the report extra is installed]")
-@click.option(
-    "--export",
-    type=click.Choice(export.FORMATS),
-    help="also write a graph into the folder, as normswap export does",
-)
-@click.option("--dry-run", is_flag=True, help="show the plan and the images, and stop")
-@o.output_options()
+@o.messages_group()
 def convert(**options: Any) -> None:
-    """Take LayerNorm out of a pretrained model: plan, swap, calibrate, fold, verify, compare, save.
+    """Remove LayerNorm from a pretrained model and save the result.
+
+    Steps: plan, swap, calibrate, fold, verify, compare, save.
 
     \b
     normswap convert -m vit_small_patch16_224.augreg_in21k_ft_in1k --pretrained --data-dir imagenet -o out
@@ -89,39 +121,90 @@ def convert(**options: Any) -> None:
     run(Console(options["as_json"], options["quiet"]), options)
 
 
+@dataclass
+class _Job:
+    """What is converted, and the images for each step of it."""
+
+    model: Any
+    device: str
+    plan: Any
+    training: Any  # FinetuneOptions, None without fine-tuning
+    calibration: Any
+    train: Any
+    held_out: Any
+    evaluation: Any
+    compared: Any  # what a graph is compared on
+    one_split: bool
+
+
 def run(console: Console, options: dict[str, Any]) -> None:
     """Do what ``convert`` does; ``demo`` calls it with its own model and images."""
-    out: Path | None = options["output"]
-    sources = _sources(options)
     console.say("load", options["model"])
-    from normswap import make_plan
+    _check_targets(options)
+    job = _prepare(console, options)
+    if options["dry_run"]:
+        console.result({**job.plan.to_json(options["ffn_bn"]), "dry_run": True}, str(job.plan))
+        return
+    from normswap.errors import CheckFailedError
+
+    failure: CheckFailedError | None = None
+    try:
+        result = _convert(console, options, job)
+    except CheckFailedError as error:
+        failure, result = error, error.conversion
+    if not is_first():  # the first process writes and says what failed; an exit code here would end it while it saves
+        return
+    if failure is None:
+        _save(result, options)
+        _finish(console, options, result.report, job)
+        return
+    text = str(failure)
+    if result is not None and options["save_best"]:
+        _save(result, options)
+        _finish(console, options, failure.report, job, met=False)
+        text += f": saved all the same as {options['output']}"
+    else:
+        conversion_output.show(console, failure.report, options["verbose"])
+        text += "" if result is None else ": not saved"
+    raise CheckFailedError(text) from failure
+
+
+def _check_targets(options: dict[str, Any]) -> None:
+    """Refuse what cannot be written or lacks a package, before any work."""
     from normswap.atomic import check_target
-    from normswap.errors import ArgumentError, CheckFailedError
+    from normswap.errors import ArgumentError
     from normswap.exporting.onnx_file import require_onnx
     from normswap.finetuning.trainer import require_accelerate
-    from normswap.inputs.dataset import load_splits
-    from normswap.outputs.save import check_saveable
-    from normswap.pipeline import convert as pipeline
-    from normswap.pipeline.open_model import open_model
     from normswap.reporting.html_report import check_extra
 
     if options["report"]:
         check_extra()
+    out: Path | None = options["output"]
+    swapped: Path | None = options["save_swapped"]
     if out is not None and not options["dry_run"]:
-        check_target(out, options["overwrite"], sources)
-        if options["save_swapped"] is not None:
-            one, other = (path.resolve() for path in (options["save_swapped"], out))
+        check_target(out, options["overwrite"], _sources(options))
+        if swapped is not None:
+            one, other = swapped.resolve(), out.resolve()
             if one.is_relative_to(other) or other.is_relative_to(one):
-                raise ArgumentError(f"{out}: --save-swapped wants a folder of its own, not in or around --output")
-            check_target(options["save_swapped"], options["overwrite"], sources)
-    training = o.finetuning(options)
+                raise ArgumentError(f"{out}: --save-swapped needs a folder of its own, not in or around --output")
+            check_target(swapped, options["overwrite"], _sources(options))
     if options["export"] == "onnx":
-        require_onnx()  # not after minutes of calibration
-    if training is not None:
+        require_onnx()
+    if options["finetune_epochs"]:
         require_accelerate()
-    device = o.pick_device(options["device"])
-    model = open_model(options["model"], **o.weights(options), **o.architecture(options)).to(device)
-    if out is not None:
+
+
+def _prepare(console: Console, options: dict[str, Any]) -> _Job:
+    """Open the model, find the images, plan, and say so."""
+    from normswap import make_plan
+    from normswap.inputs.dataset import load_splits
+    from normswap.outputs.save import check_saveable
+    from normswap.pipeline.open_model import open_model
+
+    training = a.finetuning(options)
+    device = a.pick_device(options["device"])
+    model = open_model(options["model"], **a.weights(options), **a.architecture(options)).to(device)
+    if options["output"] is not None:
         check_saveable(model)
     images, evaluation = load_splits(
         model,
@@ -129,82 +212,89 @@ def run(console: Console, options: dict[str, Any]) -> None:
         options["train_split"],
         options["split"],
         train_labels=training is not None and training.labels > 0,
-        **o.data(options),
+        **a.data(options),
     )
+    _check_budget(options, training, images, evaluation)
+    plan = make_plan(model, options["keep"], input_size=images.input_size)
+    console.say("plan", plan.summary(options["ffn_bn"]))
+    seed, count = options["seed"], options["calib_samples"]
+    calibration, train, held_out = images.draw(count, seed), None, None
+    if training is not None:
+        calibration, train, held_out = a.training_sets(images, count, options["finetune_samples"], seed)
+    one_split = images is evaluation
+    compared = evaluation.draw(min(export.EVAL_SAMPLES, options["eval_samples"] or sys.maxsize), seed)
+    if options["eval_samples"]:
+        evaluation = evaluation.draw(options["eval_samples"], seed)
+    job = _Job(model, device, plan, training, calibration, train, held_out, evaluation, compared, one_split)
+    _say_what_is_done(console, options, job)
+    return job
+
+
+def _check_budget(options: dict[str, Any], training: Any, images: Any, evaluation: Any) -> None:
+    from normswap.errors import ArgumentError
+
     if options["save_best"] and options["max_drop"] is None and options["min_agreement"] is None:
-        raise ArgumentError("--save-best goes with --max-drop or --min-agreement")
+        raise ArgumentError("--save-best requires --max-drop or --min-agreement")
     if options["max_drop"] is not None and evaluation.num_classes is None:
         raise ArgumentError(f"--max-drop needs labels, and {evaluation.description} have none")
     if training is not None and training.labels > 0 and images.num_classes is None:
         raise ArgumentError(f"--label-weight needs labels, and {images.description} have none")
-    plan = make_plan(model, options["keep"], input_size=images.input_size)
-    console.say("plan", plan.summary(options["ffn_bn"]))
-    calibration, train, held_out = images.draw(options["calib_samples"], options["seed"]), None, None
-    if training is not None:
-        counts = (options["calib_samples"], options["finetune_samples"])
-        calibration, train, held_out = o.training_sets(images, *counts, options["seed"])
-    one_split = images is evaluation
-    compared = evaluation.draw(min(export.EVAL_SAMPLES, options["eval_samples"] or sys.maxsize), options["seed"])
-    if options["eval_samples"]:
-        evaluation = evaluation.draw(options["eval_samples"], options["seed"])
-    method = options["method"] + (" readers" if _readers_only(options) else "")
-    console.say("calibrate", f"{method}, on {calibration.description}, device {device}")
-    console.say("evaluate", f"on {evaluation.description}")
-    if one_split:
+
+
+def _say_what_is_done(console: Console, options: dict[str, Any], job: _Job) -> None:
+    readers_only = options["method"] == "reconstruct" and options["reconstruct"] == "readers"
+    method = options["method"] + (" readers" if readers_only else "")
+    console.say("calibrate", f"{method}, on {job.calibration.description}, device {job.device}")
+    console.say("evaluate", f"on {job.evaluation.description}")
+    if job.one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
-    if training is not None and train is not None and held_out is not None:
-        console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
-    if options["dry_run"]:
-        console.result({**plan.to_json(options["ffn_bn"]), "dry_run": True}, str(plan))
-        return
-    assert out is not None  # checked by the command
+    if job.training is not None:
+        text = f"{job.training.epochs} epochs, on {job.train.description}; {len(job.held_out)} others held out"
+        console.say("finetune", text)
 
-    try:
-        with joined(device), console.progress() as progress:
-            result = pipeline.convert(
-                model,
-                calibration,
-                eval_images=evaluation,
-                plan=plan,
-                ffn_bn=options["ffn_bn"],
-                calibration=o.calibration(options),
-                budget=o.budget(options),
-                finetune=o.finetune_stage(options, training, train, held_out),
-                evaluation=o.evaluation(options),
-                progress=progress,
-            )
-            if not is_first():
-                return
-            _save(result, options, sources)
-    except CheckFailedError as error:
-        if not is_first():  # the first process says so; an exit code here would end it while it saves
-            return
-        best, text = error.conversion, str(error)
-        if best is not None:
-            text += ": not saved"
-            if options["save_best"]:
-                _save(best, options, sources)
-                text = f"{error}: saved all the same as {out}"
-        if best is not None and options["save_best"] and options["export"] is not None:
-            tables = _tell(console, error.report, options["verbose"])
-            _export(console, options, out, error.report, tables, compared)
-        else:
-            _show(console, error.report, options["verbose"])
-        raise CheckFailedError(text) from error
+
+def _convert(console: Console, options: dict[str, Any], job: _Job) -> Any:
+    from normswap.pipeline import convert as pipeline
+
+    with joined(job.device), console.progress() as progress:
+        return pipeline.convert(
+            job.model,
+            job.calibration,
+            eval_images=job.evaluation,
+            plan=job.plan,
+            ffn_bn=options["ffn_bn"],
+            calibration=a.calibration(options),
+            budget=a.budget(options),
+            finetune=a.finetune_stage(options, job.training, job.train, job.held_out),
+            evaluation=a.evaluation(options),
+            progress=progress,
+        )
+
+
+def _save(result: Any, options: dict[str, Any]) -> None:
+    settings = a.saving(options, _sources(options), a.preprocessing(options))
+    result.save(options["output"], settings)
+    if options["save_swapped"] is not None:
+        result.save_swapped(options["save_swapped"], settings)
+
+
+def _finish(console: Console, options: dict[str, Any], report: Any, job: _Job, met: bool = True) -> None:
+    """Say what was found and saved, and write a graph of it if one was asked for."""
+    tables = conversion_output.tell(console, report, options["verbose"])
     if options["export"] is None:
-        _show(console, result.report, options["verbose"])
-        _say_what_next(console, options, result.report, out)
-        return
-    tables = _tell(console, result.report, options["verbose"])
-    _say_what_next(console, options, result.report, out)
-    _export(console, options, out, result.report, tables, compared)
+        console.result(report.to_json(), *tables)
+    if met:
+        conversion_output.say_what_next(console, options, report)
+    if options["export"] is not None:
+        _export(console, options, report, tables, job.compared)
 
 
-def _export(console: Console, options: dict[str, Any], out: Path, report: Any, tables: list[Any], images: Any) -> None:
+def _export(console: Console, options: dict[str, Any], report: Any, tables: list[Any], images: Any) -> None:
     """Write a graph of what was saved. If that fails, the folder stays: it is whole, and has passed its own checks."""
     from normswap import load
     from normswap.errors import CheckFailedError
 
+    out = options["output"]
     path = export.default_path(out, options["export"])
     settings = {"format": options["export"], "overwrite": False}
     record = report.to_json()
@@ -222,107 +312,8 @@ def _export(console: Console, options: dict[str, Any], out: Path, report: Any, t
     export.say_files(console, exported)
 
 
-def _save(result: Any, options: dict[str, Any], sources: list[Path]) -> None:
-    settings = o.saving(options, sources, o.preprocessing(options))
-    result.save(options["output"], settings)
-    if options["save_swapped"] is not None:
-        result.save_swapped(options["save_swapped"], settings)
-
-
 def _sources(options: dict[str, Any]) -> list[Path]:
+    """Return the files and folders that are read, and must not be overwritten."""
     model = options["model"].removeprefix("local-dir:") if options["model"].startswith("local-dir:") else None
     paths = (model, options["checkpoint"], options["data_dir"], options["class_map"])
     return [Path(path) for path in paths if path is not None]
-
-
-def _readers_only(options: dict[str, Any]) -> bool:
-    return options["method"] == "reconstruct" and options["reconstruct"] == "readers"
-
-
-def _show(console: Console, report: Any, verbose: int) -> None:
-    if report is not None:
-        console.result(report.to_json(), *_tell(console, report, verbose))
-
-
-def _tell(console: Console, report: Any, verbose: int) -> list[Any]:
-    """Say what was found; return the tables."""
-    from rich.markup import escape
-
-    from normswap.reporting.budget_tables import budget_line, budget_table
-    from normswap.reporting.conversion_tables import (
-        WORST_COLUMNS,
-        WORST_TITLE,
-        fit_line,
-        kept_layers,
-        layers_table,
-        scarce_rows,
-        sites_table,
-        stages_table,
-        stream_table,
-        worst_rows,
-    )
-    from normswap.tables import table
-
-    if report.calibration_passes is not None:
-        seconds = report.seconds["calibrate"]
-        cost = f"{seconds:.1f} s, {report.calibration_passes:.1f} plain forward passes over the same images"
-        console.say("cost", f"calibration took {cost}")
-    if report.finetuning is not None:
-        console.say("finetune", report.finetuning.line())
-    fit = fit_line(report.fits)
-    if fit:
-        console.say("fit", fit)
-    for line in kept_layers(report.layers, most=sys.maxsize if verbose else 3):
-        console.say("kept", line)
-    if report.stayed:
-        console.say("stayed", f"{len(report.stayed)} of {len(report.plan)} LayerNorms: {', '.join(report.stayed)}")
-    if report.budget is not None:
-        console.say("budget", budget_line(report.budget))
-    scarce = scarce_rows(report.layers)
-    if scarce:
-        console.say("scarce", scarce)
-    for stage in report.stages:
-        line = stage.accuracy_line()
-        if line:
-            console.say("eval", f"{stage.name:<10} {line}")
-    for name in report.skipped_images[:3]:
-        console.say("skipped", f"{name} cannot be read")
-    if len(report.skipped_images) > 3:
-        console.say("skipped", f"{len(report.skipped_images)} images in all")
-    console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
-    tables = []
-    if verbose:
-        tables += [sites_table(report.fits)] + ([layers_table(report.layers)] if report.layers else [])
-    if report.stream:
-        tables.append(stream_table(report.stream, every=verbose > 0))
-    if report.worst:
-        rows = worst_rows(report.worst, None if verbose else 3)
-        cells = [[escape(cell) for cell in row] for row in rows]
-        tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
-    if report.budget is not None:
-        tables.append(budget_table(report.budget))
-    if report.stages:
-        tables.append(stages_table(report.stages))
-    return tables
-
-
-def _say_what_next(console: Console, options: dict[str, Any], report: Any, out: Path) -> None:
-    from normswap.outputs.save import PAGE
-    from normswap.reporting.html_report import can_render
-
-    page = (out / PAGE).is_file()
-    files = "model.safetensors, config.json, normswap.json, README.md"
-    console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
-    if not page and options["report"] is not False:
-        why = f"it could not be made, as normswap report {out} will tell"
-        missing = f"pip install 'normswap[report]', then normswap report {out}"
-        console.say("report", f"no {PAGE}: {why if can_render() else missing}")
-    if report.stock_timm is None:
-        loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
-        console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
-    else:
-        console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
-    if options["save_swapped"] is not None:
-        console.say("wrote", f"{options['save_swapped']}, with BatchNorm in: for normswap finetune and normswap fuse")
-    words = ("evaluate", "-m", f"local-dir:{out}", *following.against(options), *following.images(options))
-    console.say("next", following.line(*words))

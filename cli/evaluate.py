@@ -2,60 +2,47 @@
 
 from typing import Any
 
-import click
+import cloup
 
+from . import arguments as a
 from . import options as o
 from .console import Console, NormswapCommand
 
+_ALONE = ("n", "top1", "top5", "non_finite")
 
-@click.command(cls=NormswapCommand)
-@o.architecture_options()
-@o.weights_options()
-@o.against_options()
-@o.data_options()
-@o.output_options()
-def evaluate(
-    model: str,
-    against: str | None,
-    as_json: bool,
-    quiet: bool,
-    verbose: int,
-    **options: Any,
-) -> None:
-    """Measure a model on images; with --against also agreement, KL and the worst image.
+
+@cloup.command(cls=NormswapCommand)
+@o.model_group()
+@o.against_group()
+@o.images_group()
+@o.preprocessing_group()
+@o.device_group()
+@o.messages_group()
+def evaluate(**options: Any) -> None:
+    """Measure the accuracy of a model, alone or against another.
+
+    With --against also top-1 agreement, KL divergence and the worst image.
 
     \b
     normswap evaluate -m local-dir:out --against local-dir:my-model --data-dir images
     """
-    console = Console(as_json, quiet)
+    console = Console(options["as_json"], options["quiet"])
+    model, against = options["model"], options["against"]
     console.say("load", model)
     from normswap import evaluate_models, load_images
-    from normswap.pipeline.open_model import is_converted, open_model
     from normswap.records.provenance import versions
     from normswap.records.report import plain
     from normswap.reporting.conversion_tables import stages_table
 
-    device = o.pick_device(options["device"])
-    architecture = o.architecture(options)
-    # A converted folder knows its own architecture; with --against the options are for the original.
-    own = {} if against is not None and is_converted(model) else architecture
-    measured = open_model(model, **o.weights(options), **own).to(device)
-    models = {model: measured}
-    if against is not None:
-        console.say("load", against)
-        reference = open_model(
-            against,
-            **o.against_weights(options),
-            **({} if is_converted(against) else architecture),
-        ).to(device)
-        # The reference comes first; the same name twice still is two models.
-        models = {against: reference, model if model != against else f"{model} (2)": measured}
-    images = load_images(measured, options["data_dir"], options["split"], **o.data(options))
+    device = a.pick_device(options["device"])
+    models = _open(console, options, device)
+    measured = list(models.values())[-1]
+    images = load_images(measured, options["data_dir"], options["split"], **a.data(options))
     if options["eval_samples"]:
         images = images.draw(options["eval_samples"], options["seed"])
     console.say("evaluate", f"on {images.description}, device {device}")
     with console.progress() as progress:
-        stages = evaluate_models(models, images, o.amp_dtype(options), progress, len(images))
+        stages = evaluate_models(models, images, a.amp_dtype(options), progress, len(images))
     last = stages[-1]
     line = last.accuracy_line()
     if line:
@@ -76,4 +63,19 @@ def evaluate(
     console.result(plain(record), stages_table(stages))
 
 
-_ALONE = ("n", "top1", "top5", "non_finite")
+def _open(console: Console, options: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return the models by name, the measured one last."""
+    from normswap.pipeline.open_model import is_converted, open_model
+
+    model, against = options["model"], options["against"]
+    architecture = a.architecture(options)
+    # A converted folder knows its own architecture; with --against the options are for the original.
+    own = {} if against is not None and is_converted(model) else architecture
+    measured = open_model(model, **a.weights(options), **own).to(device)
+    if against is None:
+        return {model: measured}
+    console.say("load", against)
+    own = {} if is_converted(against) else architecture
+    reference = open_model(against, **a.against_weights(options), **own).to(device)
+    # The same name twice still is two models.
+    return {against: reference, model if model != against else f"{model} (2)": measured}

@@ -4,51 +4,73 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
+from cloup import option
 
-from . import following
+from normswap.exporting.options import ATOL, DEFAULT_OPSET, DTYPES, FORMATS
+
+from . import arguments as a
+from . import next_command
 from . import options as o
 from .console import Console, NormswapCommand
 
-# The library's own lists cannot be imported here: they come with torch. A test holds these equal to them.
-FORMATS = ("onnx", "pt2")
-_DTYPES = ("fp32", "fp16")
 EVAL_SAMPLES = 500
 
 
-@click.command(cls=NormswapCommand)
+@cloup.command(cls=NormswapCommand)
 @click.argument("folder", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--format", type=click.Choice(FORMATS), default="onnx", show_default=True, help="ONNX, or torch.export's own"
+@o.model_group(required=False)
+@o.images_group(o.train_split_option("that sets the INT8 ranges"), eval_samples=EVAL_SAMPLES)
+@cloup.option_group(
+    "Graph",
+    option(
+        "--format",
+        type=click.Choice(FORMATS),
+        default=FORMATS[0],
+        show_default=True,
+        help="ONNX, or torch.export's own",
+    ),
+    option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default=DTYPES[0],
+        show_default=True,
+        help="fp16: weights, input and output in half precision, every tensor checked for overflow",
+    ),
+    o.numbers(
+        "--opset",
+        type=click.IntRange(7),
+        help=f"ONNX operator set; torch supports {DEFAULT_OPSET} best  [{DEFAULT_OPSET}]",
+    ),
+    o.numbers("--static", type=click.IntRange(1), help="fixed shapes with N images per batch, as NPUs need them"),
+    option(
+        "--external-data",
+        is_flag=True,
+        help="write ONNX weights to a separate file; always done above 2 GB",
+    ),
+    o.numbers(
+        "--atol",
+        type=click.FLOAT,
+        metavar="X",
+        help="maximum difference of an output from float32 PyTorch; exits 4 if it is larger  "
+        f"[{ATOL['fp32']}; fp16: {ATOL['fp16']}]",
+    ),
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="file to write  [model.onnx, model.fp16.onnx, ... in OUT]"
+@cloup.option_group(
+    "INT8 estimate",
+    option("--int8", is_flag=True, help="also measure the accuracy of static INT8 quantisation; nothing is saved"),
+    o.numbers("--calib-samples", type=click.IntRange(1), default=128, help="number of images that set the INT8 ranges"),
 )
-@click.option("--overwrite", is_flag=True, help="replace the file")
-@click.option(
-    "--dtype",
-    type=click.Choice(_DTYPES),
-    default="fp32",
-    show_default=True,
-    help="fp16: weights, input and output in half precision, every tensor checked for overflow",
-)
-@click.option("--opset", type=click.IntRange(7), help="ONNX operator set; 18 is the one torch writes best  [18]")
-@click.option("--static", type=click.IntRange(1), metavar="N", help="fixed shapes, N images at once, as NPUs want them")
-@click.option("--external-data", is_flag=True, help="ONNX weights in a file of their own, as beyond 2 GB always")
-@click.option("--atol", type=float, help="exit 4 if an output differs by more from float32 PyTorch  [0.001; fp16: 0.1]")
-@click.option("--int8", is_flag=True, help="also measure what static INT8 quantisation would cost; nothing is saved")
-@click.option(
-    "--calib-samples", type=click.IntRange(1), default=128, show_default=True, help="images that set the INT8 ranges"
-)
-@click.option("--train-split", default="train", show_default=True, help="split they come from, if there is one")
-@o.against_options()
-@o.architecture_options(required=False)
-@o.weights_options()
-@o.image_options(eval_samples=EVAL_SAMPLES)
-@o.output_options()
+@o.output_group(what="file to write  [model.onnx, model.fp16.onnx, ... in OUT]")
+@o.against_group()
+@o.preprocessing_group()
+@o.device_group(amp=False)
+@o.messages_group()
 def export(**options: Any) -> None:
-    """Write a model as one graph for deployment, run the file, and compare it with PyTorch on images.
+    """Write a model as an ONNX or PyTorch graph and verify it.
 
-    OUT is a folder that convert wrote. Any other model is named by -m, with -o for the file.
+    OUT is a folder that convert wrote. Any other model is named by -m, with -o for the file. The file is run and
+    compared with PyTorch on images.
 
     \b
     normswap export out --data-dir images
@@ -65,28 +87,16 @@ def export(**options: Any) -> None:
     console.say("load", name)
     from normswap.errors import ArgumentError, CheckFailedError
     from normswap.exporting.export import check_export
-    from normswap.pipeline.open_model import is_converted, open_model
+    from normswap.pipeline.open_model import is_converted
 
     if folder is not None and not is_converted(name):
-        raise ArgumentError(f"{folder}: no normswap.json in it; any other model goes by -m local-dir:{folder} -o FILE")
+        raise ArgumentError(
+            f"{folder}: contains no normswap.json; export any other model with -m local-dir:{folder} -o FILE"
+        )
     path = options["output"] or default_path(folder, options["format"], options["dtype"])
     check_export(path, options["format"], options["dtype"], options["overwrite"])
-    device = o.pick_device(options["device"])
-    own = {} if options["against"] is not None and is_converted(name) else o.architecture(options)
-    opened = open_model(name, **o.weights(options), **own).to(device)
-    original = None
-    if options["against"] is not None:
-        console.say("load", options["against"])
-        original = open_model(
-            options["against"],
-            **o.against_weights(options),
-            **({} if is_converted(options["against"]) else o.architecture(options)),
-        ).to(device)
-    images = int8_images = None
-    if options["data_dir"] is not None or options["dataset"]:
-        images, int8_images = _images(opened, options)
-    elif options["int8"]:
-        raise ArgumentError("--int8 needs images: give --data-dir")
+    opened, original = _open(console, options, name)
+    images, int8_images = _images(opened, options)
     try:
         report = write(console, opened, path, name, options, images, original, int8_images)
     except CheckFailedError as error:
@@ -94,6 +104,21 @@ def export(**options: Any) -> None:
         raise
     show(console, report, options["verbose"])
     _say_what_next(console, options, report)
+
+
+def _open(console: Console, options: dict[str, Any], name: str) -> tuple[Any, Any]:
+    """Return the model to export, and the original if one was named."""
+    from normswap.pipeline.open_model import is_converted, open_model
+
+    device, architecture, against = a.pick_device(options["device"]), a.architecture(options), options["against"]
+    # A converted folder knows its own architecture; with --against the options are for the original.
+    own = {} if against is not None and is_converted(name) else architecture
+    opened = open_model(name, **a.weights(options), **own).to(device)
+    if against is None:
+        return opened, None
+    console.say("load", against)
+    own = {} if is_converted(against) else architecture
+    return opened, open_model(against, **a.against_weights(options), **own).to(device)
 
 
 def default_path(folder: Path, format: str, dtype: str = "fp32") -> Path:
@@ -111,13 +136,13 @@ def write(
     int8_images: Any = None,
 ) -> Any:
     """Export a model, with a bar on a terminal; ``convert --export`` ends here too, with fewer options."""
-    from normswap.exporting.export import DEFAULT_OPSET, export_model
+    from normswap.exporting.export import export_model
     from normswap.outputs.save import kept_norms
     from normswap.pipeline.open_model import is_converted
 
     if images is None:
         console.say(
-            "note", "no --data-dir: compared on random images; they show that the translation is right, no more"
+            "note", "no --data-dir: compared on random images, which verify the translation but not the accuracy"
         )
     else:
         console.say("compare", f"on {images.description}")
@@ -142,18 +167,21 @@ def write(
 
 
 def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the images to compare on, and those that set INT8 ranges if they are asked for."""
+    """Return the images to compare on, if there are any, and those that set INT8 ranges if they are asked for."""
+    from normswap.errors import ArgumentError
     from normswap.inputs.dataset import load_images, load_splits
 
+    if options["data_dir"] is None and not options["dataset"]:
+        if options["int8"]:
+            raise ArgumentError("--int8 needs images: give --data-dir")
+        return None, None
+    count, seed = options["eval_samples"], options["seed"]
     if not options["int8"]:
-        images = load_images(model, options["data_dir"], options["split"], **o.data(options))
-        return images.draw(options["eval_samples"], options["seed"]), None
-    splits = load_splits(model, options["data_dir"], options["train_split"], options["split"], **o.data(options))
-    train, images = splits
-    return (
-        images.draw(options["eval_samples"], options["seed"]),
-        train.draw(options["calib_samples"], options["seed"]),
-    )
+        images = load_images(model, options["data_dir"], options["split"], **a.data(options))
+        return images.draw(count, seed), None
+    splits = (options["data_dir"], options["train_split"], options["split"])
+    train, images = load_splits(model, *splits, **a.data(options))
+    return images.draw(count, seed), train.draw(options["calib_samples"], seed)
 
 
 def show(console: Console, report: Any, verbose: int) -> None:
@@ -177,7 +205,7 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
         rows = [[t.tensor, _size(t.largest), _size(t.original)] for t in report.half.tensors[: None if verbose else 10]]
         tables.append(table(["largest in FP16's range", "here", "original"], rows, right=["here", "original"]))
     if report.int8 is not None:
-        console.say("int8", f"a check, nothing is saved: {report.int8.scheme}")
+        console.say("int8", f"an estimate, nothing is saved: {report.int8.scheme}")
         tables.append(stages_table(report.int8.stages))
     return tables
 
@@ -196,12 +224,12 @@ def say_files(console: Console, report: Any) -> None:
 def _say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:
     say_files(console, report)
     if options["dtype"] == "fp32":
-        source = [options["folder"]] if options["folder"] else ["-m", options["model"], "-o", "FILE"]
-        images = following.images(options) or ["--data-dir", "IMAGES"]
-        original = following.still_against(options) or ["--against", "ORIGINAL"]
-        words = ("export", *source, "--format", report.format, "--dtype", "fp16", *images, *original)
-        console.say("next", following.line(*words))
+        changes = {**next_command.with_images(options), "format": report.format, "dtype": "fp16"}
+        changes |= {"against": options["against"] or "ORIGINAL", "output": None if options["folder"] else "FILE"}
+        changes |= {"atol": None}  # what float32 keeps to is out of reach in half precision
+        folder = [options["folder"]] if options["folder"] else []
+        console.say("next", next_command.line("export", options, *folder, **changes))
     elif report.format == "onnx":
-        console.say("next", f'onnxruntime.InferenceSession("{report.files[0]}").run(None, {{"images": float16 array}})')
+        console.say("load with", f'onnxruntime.InferenceSession("{report.files[0]}"), input "images" in float16')
     else:
-        console.say("next", f'torch.export.load("{report.files[0]}").module()')
+        console.say("load with", f'torch.export.load("{report.files[0]}").module()')

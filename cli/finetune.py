@@ -3,40 +3,45 @@
 from pathlib import Path
 from typing import Any
 
-import click
+import cloup
 
-from . import following
+from . import arguments as a
+from . import next_command
 from . import options as o
 from .console import Console, JoinedCommand, NormswapCommand
 from .processes import is_first, joined
 
 
-def _common(function: Any) -> Any:
-    for option in (
-        click.option("--overwrite", is_flag=True, help="replace an output folder that is not empty"),
-        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="folder to write"),
-        o.against_options("the original  [what the swapped checkpoint was made from]"),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
-        click.option(
+def _swapped_group() -> o.Decorator:
+    return cloup.option_group(
+        "Model",
+        cloup.option(
             "-m",
             "--model",
             required=True,
             metavar="FOLDER",
-            help="a swapped checkpoint, from convert --save-swapped or finetune",
+            help="swapped checkpoint, written by finetune or by convert --save-swapped",
         ),
-    ):
-        function = option(function)
-    return function
+    )
 
 
-@click.command(cls=JoinedCommand)
-@_common
-@o.data_options()
-@click.option("--train-split", default="train", show_default=True, help="split to train on, if there is one")
-@o.finetune_options("", 1, "all of the split")
-@o.output_options()
+def _original_group() -> o.Decorator:
+    return o.against_group("original model  [what the swapped checkpoint was made from]")
+
+
+@cloup.command(cls=JoinedCommand)
+@_swapped_group()
+@o.images_group(o.train_split_option("to train on"))
+@o.output_group(required=True)
+@o.finetune_group(prefix="", epochs=1, samples="all of the split")
+@_original_group()
+@o.preprocessing_group()
+@o.device_group()
+@o.messages_group()
 def finetune(**options: Any) -> None:
-    """Distil the original into a swapped checkpoint, BatchNorm still in; `normswap fuse` is the next step.
+    """Distil the original model into a swapped checkpoint.
+
+    BatchNorm is not folded yet; `normswap fuse` is the next step.
 
     \b
     normswap convert  -m local-dir:my-model --data-dir images -o out --save-swapped swapped
@@ -45,30 +50,13 @@ def finetune(**options: Any) -> None:
     """
     console = Console(options["as_json"], options["quiet"])
     out: Path = options["output"]
+    typed = {"against": options["against"]}
     swapped, original, device = _open(console, options, needs_original=True)
+    training = a.finetuning(options)
+    train, held_out, evaluation = _draw(console, options, swapped, training)
     from normswap import finetune_swapped, save_swapped
-    from normswap.inputs.dataset import load_splits
     from normswap.reporting.conversion_tables import stages_table
 
-    training = o.finetuning(options)
-    images, evaluation = load_splits(
-        swapped.model,
-        options["data_dir"],
-        options["train_split"],
-        options["split"],
-        train_labels=training.labels > 0,
-        **_data(options, swapped),
-    )
-    # The same draw as convert's: its held out images come behind those it calibrated on.
-    seen = swapped.report.calib_samples
-    _, train, held_out = o.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
-    if options["eval_samples"]:
-        evaluation = evaluation.draw(options["eval_samples"], options["seed"])
-    console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
-    console.say("evaluate", f"on {evaluation.description}")
-    if max(seen, len(train)) + len(held_out) > len(images):
-        text = "calibration saw images that are held out now, and is better on them than it is: convert on fewer"
-        console.say("note", f"{text} (--calib-samples), or fine-tune on fewer (--samples)")
     with joined(device), console.progress() as progress:
         finetune_swapped(
             swapped,
@@ -79,29 +67,51 @@ def finetune(**options: Any) -> None:
             eval_images=evaluation,
             state=options["finetune_state"],
             resume=options["resume"],
-            amp_dtype=o.amp_dtype(options),
+            amp_dtype=a.amp_dtype(options),
             progress=progress,
         )
-        if not is_first():
-            return
-        save_swapped(out, swapped, o.saving(options, _sources(options), _preprocessing(options)))
+    if not is_first():
+        return
+    save_swapped(out, swapped, a.saving(options, _sources(options), _preprocessing(options)))
     report = swapped.report
     report.out = str(out)
     assert report.finetuning is not None  # set by finetune_swapped
     console.say("finetune", report.finetuning.line())
     console.result(report.to_json(), stages_table(report.stages))
     console.say("wrote", f"{out}/swapped.safetensors, config.json, swapped.json")
-    given = (*following.still_against(options), *following.images(options))
-    console.say("next", following.line("fuse", "-m", out, *given, "-o", "FOLDER"))
+    console.say("next", next_command.line("fuse", options, **{"model": out, "output": "FOLDER", **typed}))
 
 
-@click.command(cls=NormswapCommand)
-@_common
-@o.data_options()
-@click.option("--atol", type=float, default=1e-3, show_default=True, help="exit 4 if the fold moves a logit by more")
-@o.output_options()
+def _draw(console: Console, options: dict[str, Any], swapped: Any, training: Any) -> tuple[Any, Any, Any]:
+    """Return the images to train on, those held out from it, and those to evaluate on; say which they are."""
+    from normswap.inputs.dataset import load_splits
+
+    splits = (options["data_dir"], options["train_split"], options["split"])
+    data = {**_data(options, swapped), "train_labels": training.labels > 0}
+    images, evaluation = load_splits(swapped.model, *splits, **data)
+    # The same draw as convert's: its held out images come behind those it calibrated on.
+    seen = swapped.report.calib_samples
+    _, train, held_out = a.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
+    if options["eval_samples"]:
+        evaluation = evaluation.draw(options["eval_samples"], options["seed"])
+    console.say("finetune", f"{training.epochs} epochs, on {train.description}; {len(held_out)} others held out")
+    console.say("evaluate", f"on {evaluation.description}")
+    if max(seen, len(train)) + len(held_out) > len(images):
+        text = "held-out images were also used for calibration, so the baseline is optimistic: convert on fewer"
+        console.say("note", f"{text} (--calib-samples), or fine-tune on fewer (--samples)")
+    return train, held_out, evaluation
+
+
+@cloup.command(cls=NormswapCommand)
+@_swapped_group()
+@o.images_group()
+@o.output_group(o.atol_option(), required=True)
+@_original_group()
+@o.preprocessing_group()
+@o.device_group()
+@o.messages_group()
 def fuse(**options: Any) -> None:
-    """Fold a swapped checkpoint into a finished one that plain timm loads.
+    """Fold a swapped checkpoint into a model that plain timm loads.
 
     Without images the fold is checked on random ones, and no accuracy is measured.
     """
@@ -128,14 +138,14 @@ def fuse(**options: Any) -> None:
                 swapped,
                 images,
                 original=original,
-                evaluation=o.evaluation(options),
+                evaluation=a.evaluation(options),
                 progress=progress,
             )
-            result.save(out, o.saving(options, _sources(options), _preprocessing(options)))
     except CheckFailedError as error:
         if error.report is not None:
             console.result(error.report.to_json())  # type: ignore[attr-defined]
         raise
+    result.save(out, a.saving(options, _sources(options), _preprocessing(options)))
     report = result.report
     difference = report.fold_max_abs_err or 0.0
     console.say("fold", f"largest difference of an output, fused against unfused: {difference:.3g}")
@@ -153,7 +163,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     from normswap.pipeline.open_model import open_model
 
     check_target(options["output"], options["overwrite"], _sources(options))
-    device = o.pick_device(options["device"])
+    device = a.pick_device(options["device"])
     swapped = load_swapped(options["model"].removeprefix("local-dir:"))
     typed = options["against"]
     options["against"] = typed or swapped.report.model
@@ -163,28 +173,28 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
         return swapped, None, device
     name = options["against"]
     console.say("load", f"{name}, the original")
-    weights = o.against_weights(options)
+    weights = a.against_weights(options)
     if ":" not in name and not any(weights.values()):
         raise ArgumentError(
-            f"{name}: which weights has the original? --against-pretrained or --against-checkpoint FILE"
+            f"{name}: the original's weights are missing: give --against-pretrained or --against-checkpoint FILE"
         )
     try:
         original = open_model(name, **weights, **model_arguments(swapped.original)).to(device)
     except (ArgumentError, CheckpointError) as error:
         if typed is None:
-            raise type(error)(f"{error}; if it is elsewhere now, --against says where") from error
+            raise type(error)(f"{error}; if it has moved, give its place with --against") from error
         raise
     return swapped, original, device
 
 
 def _data(options: dict[str, Any], swapped: Any) -> dict[str, Any]:
     """Pick the arguments of `normswap.load_images`; the images have the size that the swapped checkpoint is for."""
-    return o.data({**options, "img_size": None}) | {"input_size": swapped.plan.input_size}
+    return a.data({**options, "img_size": None}) | {"input_size": swapped.plan.input_size}
 
 
 def _preprocessing(options: dict[str, Any]) -> dict[str, Any] | None:
     """Pick the overrides of the data config, for the record of what is written."""
-    return o.preprocessing({**options, "img_size": None}) or None
+    return a.preprocessing({**options, "img_size": None}) or None
 
 
 def _sources(options: dict[str, Any]) -> list[Path]:

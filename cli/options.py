@@ -1,28 +1,25 @@
-"""Options that several commands share, spelled as timm spells them where timm has them."""
+"""Options that several commands share, in the groups of --help; spelled as timm spells them where timm has them."""
 
 import ast
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from cloup import option, option_group
 
-from .processes import world_size
+from normswap.finetuning.options import BN_MODES, FADE_ORDERS, FinetuneOptions
+from normswap.pipeline.options import EvaluationOptions
+from normswap.search.budget import AccuracyBudget
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+# The library's own defaults; their modules do not import torch.
+_TRAINING, _EVALUATION, _BUDGET = FinetuneOptions(), EvaluationOptions(), AccuracyBudget()
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+Decorator = Callable[[F], F]
 
 
 class ModelKwarg(click.ParamType):
@@ -41,7 +38,7 @@ class ModelKwarg(click.ParamType):
 
 
 class Size(click.ParamType):
-    """A memory size, as 512M or 8G, in bytes."""
+    """A memory size, for example 512M or 8G, in bytes."""
 
     name = "SIZE"
 
@@ -55,383 +52,348 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-def architecture_options(required: bool = True) -> Callable[[F], F]:
-    return _all(
-        click.option(
+def numbers(*declarations: str, type: click.ParamType, default: Any = None, metavar: str = "N", **more: Any) -> Any:
+    """Return an option that takes a number; help shows the default if there is one."""
+    return option(*declarations, type=type, default=default, show_default=default is not None, metavar=metavar, **more)
+
+
+def model_group(required: bool = True, weights: bool = True) -> Decorator:
+    """Return the options of -m: its architecture and, unless only the architecture is wanted, its weights."""
+    where = [
+        option("--pretrained", is_flag=True, help="load timm's weights for a plain model name"),
+        option("--checkpoint", type=_FILE, help="weights file: .safetensors, or .pth/.pt without code in it"),
+        option("--use-ema", is_flag=True, help="load the EMA weights of a training checkpoint"),
+    ]
+    return option_group(
+        "Model",
+        option(
             "-m",
             "--model",
             required=required,
             metavar="MODEL",
-            help="what timm.create_model takes: a name, hf-hub:ID or local-dir:PATH",
+            help="timm model name, hf-hub:ID or local-dir:PATH",
         ),
-        click.option("--num-classes", type=click.IntRange(0), help="classes; 0 for a headless model [model's own]"),
-        click.option("--img-size", type=click.IntRange(1), help="height and width in pixels [model's own]"),
-        click.option("--in-chans", type=click.IntRange(1), help="image channels [model's own]"),
-        click.option("--model-kwargs", type=ModelKwarg(), multiple=True, help="more arguments for timm, repeatable"),
-    )
-
-
-def weights_options() -> Callable[[F], F]:
-    return _all(
-        click.option("--pretrained", is_flag=True, help="timm's weights for a plain name"),
-        click.option(
-            "--checkpoint",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="weights file: .safetensors, or .pth/.pt without code in it",
-        ),
-        click.option("--use-ema", is_flag=True, help="take the EMA weights of a training checkpoint"),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...; auto takes a GPU"),
-    )
-
-
-def against_options(what: str = "the original to compare with, in the same form as -m") -> Callable[[F], F]:
-    return _all(
-        click.option("--against", metavar="MODEL", help=what),
-        click.option("--against-pretrained", is_flag=True, help="timm's weights for --against"),
-        click.option(
-            "--against-checkpoint",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="weights file for --against",
-        ),
-        click.option("--against-use-ema", is_flag=True, help="take the EMA weights of --against-checkpoint"),
-    )
-
-
-def data_options() -> Callable[[F], F]:
-    return _all(
-        image_options(),
-        click.option("--amp", is_flag=True, help="evaluate in mixed precision; calibration and fold never are"),
-        click.option(
-            "--amp-dtype",
-            type=click.Choice(["float16", "bfloat16"]),
-            default="float16",
-            show_default=True,
-            help="of --amp",
+        *(where if weights else ()),
+        numbers("--num-classes", type=click.IntRange(0), help="number of classes; 0: headless model  [model's own]"),
+        numbers("--img-size", type=click.IntRange(1), help="image height and width in pixels  [model's own]"),
+        numbers("--in-chans", type=click.IntRange(1), help="number of image channels  [model's own]"),
+        option(
+            "--model-kwargs", type=ModelKwarg(), multiple=True, help="more arguments of timm.create_model; repeatable"
         ),
     )
 
 
-def source_options(split: str = "split to evaluate on") -> Callable[[F], F]:
-    return _all(
-        click.option(
+def keep_option() -> Decorator:
+    return option(
+        "--keep", multiple=True, metavar="GLOB", help="LayerNorms to keep, for example 'blocks.0.*'; repeatable"
+    )
+
+
+def against_group(model: str = "original model to compare with, in the same form as -m") -> Decorator:
+    return option_group(
+        "Original model",
+        option("--against", metavar="MODEL", help=model),
+        option("--against-pretrained", is_flag=True, help="load timm's weights for --against"),
+        option("--against-checkpoint", type=_FILE, help="weights file for --against"),
+        option("--against-use-ema", is_flag=True, help="load the EMA weights of --against-checkpoint"),
+    )
+
+
+def source_options(split: str = "split to evaluate on") -> tuple[Decorator, ...]:
+    """Return the options that say where images come from."""
+    return (
+        option(
             "--data-dir",
             type=click.Path(exists=True, path_type=Path),
             help="folder of class folders, folder with one folder or .tar per split, or a .tar",
         ),
-        click.option("--dataset", default="", help="timm's dataset name, as torch/cifar10 or hfds/..."),
-        click.option("--split", default="validation", show_default=True, help=split),
+        option(
+            "--dataset", metavar="NAME", default="", help="timm's dataset name, for example torch/cifar10 or hfds/..."
+        ),
+        option("--split", metavar="NAME", default="validation", show_default=True, help=split),
     )
 
 
-def image_options(eval_samples: int | None = None) -> Callable[[F], F]:
-    return _all(
-        source_options(),
-        click.option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm's class map file"),
-        click.option("--no-labels", is_flag=True, help="ignore folder names; compare with the original only"),
-        click.option(
+def images_group(*more: Decorator, eval_samples: int | None = None) -> Decorator:
+    """Return the options that say which images; ``more`` come behind the split to evaluate on."""
+    return option_group(
+        "Images",
+        *source_options(),
+        *more,
+        numbers(
             "--eval-samples",
             type=click.IntRange(1),
             default=eval_samples,
-            show_default=eval_samples is not None,
-            help="evaluate on a random part" + ("" if eval_samples else " [all images]"),
+            help="number of images to evaluate on, drawn at random" + ("" if eval_samples else "  [all]"),
         ),
-        click.option("--max-skipped", type=click.IntRange(0), default=10, show_default=True, help="unreadable images"),
-        click.option(
-            "-b", "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="images at once"
+        option("--no-labels", is_flag=True, help="ignore the labels; compare with the original model only"),
+        option("--class-map", type=click.Path(exists=True, dir_okay=False), help="timm class map file"),
+        numbers(
+            "--max-skipped", type=click.IntRange(0), default=10, help="maximum number of unreadable images to skip"
         ),
-        click.option(
-            "-j", "--workers", type=click.IntRange(0), default=2, show_default=True, help="processes that read images"
-        ),
-        click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="[model's own]"),
-        click.option("--mean", type=float, nargs=3, help="[model's own]"),
-        click.option("--std", type=click.FloatRange(0, min_open=True), nargs=3, help="[model's own]"),
-        click.option("--interpolation", type=click.Choice(_INTERPOLATIONS), help="[model's own]"),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True, help="draws calibration images"
+        numbers(
+            "--seed", type=click.IntRange(0, 2**63 - 1), default=_TRAINING.seed, help="random seed for drawing images"
         ),
     )
 
 
-def budget_options() -> Callable[[F], F]:
-    return _all(
-        click.option(
-            "--max-drop",
-            type=float,
-            metavar="PTS",
-            help="lose at most so many points of top-1: LayerNorms stay as needed, exit 4 if that does not do",
+def train_split_option(purpose: str) -> Decorator:
+    return option(
+        "--train-split",
+        metavar="NAME",
+        default="train",
+        show_default=True,
+        help=f"split {purpose}, if the data set has it",
+    )
+
+
+def preprocessing_group() -> Decorator:
+    return option_group(
+        "Preprocessing",
+        numbers(
+            "--crop-pct",
+            type=click.FloatRange(0, min_open=True),
+            metavar="X",
+            help="share of the image that the centre crop keeps  [model's own]",
         ),
-        click.option(
+        numbers(
+            "--mean", type=click.FLOAT, nargs=3, metavar="R G B", help="mean to subtract per channel  [model's own]"
+        ),
+        numbers(
+            "--std",
+            type=click.FloatRange(0, min_open=True),
+            nargs=3,
+            metavar="R G B",
+            help="standard deviation to divide by per channel  [model's own]",
+        ),
+        option(
+            "--interpolation",
+            type=click.Choice(_INTERPOLATIONS),
+            metavar="MODE",
+            help=f"resizing: {', '.join(_INTERPOLATIONS)}  [model's own]",
+        ),
+    )
+
+
+def device_option() -> Decorator:
+    return option(
+        "--device",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, ...; auto uses a GPU if there is one",
+    )
+
+
+def amp_options(purpose: str) -> tuple[Decorator, ...]:
+    return (
+        option("--amp", is_flag=True, help=purpose),
+        option(
+            "--amp-dtype",
+            type=click.Choice(["float16", "bfloat16"]),
+            default="float16",
+            show_default=True,
+            help="data type of mixed precision",
+        ),
+    )
+
+
+def device_group(amp: bool = True) -> Decorator:
+    """Return the options that say how images go through a model."""
+    return option_group(
+        "Device and speed",
+        device_option(),
+        numbers("-b", "--batch-size", type=click.IntRange(1), default=64, help="number of images per batch"),
+        numbers("-j", "--workers", type=click.IntRange(0), default=2, help="number of processes that read images"),
+        *(amp_options("evaluate in mixed precision; calibration and folding never use it") if amp else ()),
+    )
+
+
+def budget_group() -> Decorator:
+    return option_group(
+        "Accuracy budget",
+        numbers(
+            "--max-drop",
+            type=click.FLOAT,
+            metavar="PTS",
+            help="maximum top-1 drop in points; restores LayerNorms as needed, exits 4 if unreachable",
+        ),
+        numbers(
             "--min-agreement",
             type=click.FloatRange(0, 100),
             metavar="PCT",
-            help="the same for the percent of the original's answers kept; needs no labels",
+            help="minimum top-1 agreement with the original in percent, likewise; needs no labels",
         ),
-        click.option("--max-keep", type=click.IntRange(0), help="LayerNorms that may stay for it; 0 only checks [any]"),
-        click.option(
+        numbers(
+            "--max-keep",
+            type=click.IntRange(0),
+            help="maximum number of LayerNorms to restore; 0 only checks the budget  [any]",
+        ),
+        numbers(
             "--max-evaluations",
             type=click.IntRange(1),
-            default=8,
-            show_default=True,
-            help="conversions that may be tried for it",
+            default=_BUDGET.max_evaluations,
+            help="maximum number of conversions to try",
         ),
-        click.option("--save-best", is_flag=True, help="save the best of them even if it misses the budget"),
+        option("--save-best", is_flag=True, help="save the best attempt even if it misses the budget"),
     )
 
 
-def finetune_options(prefix: str = "finetune-", epochs: int = 0, samples: str = "those of calibration") -> Any:
+def atol_option() -> Decorator:
+    return numbers(
+        "--atol",
+        type=click.FLOAT,
+        default=_EVALUATION.atol,
+        metavar="X",
+        help="maximum change of a logit by the fold; exits 4 if it is larger",
+    )
+
+
+def finetune_group(
+    *more: Decorator, prefix: str = "finetune-", epochs: int = 0, samples: str = "as many as for calibration"
+) -> Decorator:
     """Return the options of fine-tuning; ``prefix`` goes before the names that mean something else in convert."""
-    return _all(
-        click.option(
+    return option_group(
+        "Fine-tuning",
+        numbers(
             f"--{prefix}epochs",
             "finetune_epochs",
             type=click.IntRange(0 if prefix else 1),
             default=epochs,
-            show_default=True,
-            help="distil from the original",
+            help="number of epochs of distillation from the original model" + ("; 0: none" if prefix else ""),
         ),
-        click.option(
+        numbers(
             f"--{prefix}samples",
             "finetune_samples",
             type=click.IntRange(2),
-            help=f"images to train on [{samples}]",
+            help=f"number of images to train on, with those held out  [{samples}]",
         ),
-        click.option("--opt", default="adamw", show_default=True, help="timm optimiser"),
-        click.option(
-            "--lr", type=click.FloatRange(0, min_open=True), default=1e-5, show_default=True, help="peak learning rate"
-        ),
-        click.option(
-            "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="of the optimiser"
-        ),
-        click.option(
-            "--warmup",
-            type=click.FloatRange(0, 1, max_open=True),
-            default=0.1,
-            show_default=True,
-            help="of the steps",
-        ),
-        click.option("--train-batch-size", type=click.IntRange(1), default=32, show_default=True, help="of one step"),
-        click.option(
-            "--grad-accum-steps", type=click.IntRange(1), default=1, show_default=True, help="batches per step"
-        ),
-        click.option(
-            "--clip-grad", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="largest norm"
-        ),
-        click.option("--kl-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the answers"),
-        click.option(
-            "--feature-weight", type=click.FloatRange(0), default=1.0, show_default=True, help="of the residual stream"
-        ),
-        click.option(
-            "--label-weight", type=click.FloatRange(0), default=0.0, show_default=True, help="of the labels' loss"
-        ),
-        click.option(
-            "--bn-mode",
-            type=click.Choice(["frozen", "train"]),
-            default="frozen",
-            show_default=True,
-            help="BatchNorm as it was set, or with each batch's statistics",
-        ),
-        click.option("--train-stem", is_flag=True, help="train the first layer too; it makes runs less stable"),
-        click.option(
-            "--hflip", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="mirror training images"
-        ),
-        click.option(
-            "--scale",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="least share of a training image that a random crop keeps",
-        ),
-        click.option(
-            "--fade", type=click.FloatRange(0, 1, max_open=True), default=0.0, help="blend over this share of the run"
-        ),
-        click.option(
-            "--fade-order",
-            type=click.Choice(["all", "blockwise", "mlp-first"]),
-            default="all",
-            show_default=True,
-            help="which LayerNorms fade when",
-        ),
-        click.option(
-            "--model-ema-decay",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="average the weights [off]",
-        ),
-        click.option("--train-amp", is_flag=True, help="fine-tune in bfloat16 mixed precision"),
-        click.option(
+        *_optimiser_options(),
+        *_loss_options(),
+        *_training_options(),
+        option("--train-amp", is_flag=True, help="train in bfloat16 mixed precision"),
+        option(
             f"--{prefix}state",
             "finetune_state",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="keep the run's state here",
+            help="file that keeps the state of the training run",
         ),
-        click.option("--resume", is_flag=True, help=f"go on from --{prefix}state"),
+        option("--resume", is_flag=True, help=f"resume the training run from --{prefix}state"),
+        *more,
     )
 
 
-def finetuning(options: dict[str, Any]) -> Any:
-    """Return the `normswap.FinetuneOptions` that were asked for, None without fine-tuning.
-
-    Raises:
-        ArgumentError: numbers that cannot be meant, or --resume without a state.
-    """
-    import torch
-
-    from normswap.errors import ArgumentError
-    from normswap.finetuning.options import FinetuneOptions
-
-    if not options["finetune_epochs"]:
-        if options["resume"] or options["finetune_state"] or options.get("control"):
-            raise ArgumentError("--resume, --finetune-state and --control go with --finetune-epochs")
-        return None
-    if options["resume"] and options["finetune_state"] is None:
-        raise ArgumentError("--resume needs a state, the file to go on from: --finetune-state (finetune: --state)")
-    chosen = FinetuneOptions(
-        epochs=options["finetune_epochs"],
-        lr=options["lr"],
-        opt=options["opt"],
-        weight_decay=options["weight_decay"],
-        warmup=options["warmup"],
-        batch_size=options["train_batch_size"],
-        accumulate=options["grad_accum_steps"],
-        clip_grad=options["clip_grad"],
-        kl=options["kl_weight"],
-        features=options["feature_weight"],
-        labels=options["label_weight"],
-        bn_mode=options["bn_mode"],
-        stem=options["train_stem"],
-        hflip=options["hflip"],
-        scale=options["scale"],
-        fade=options["fade"],
-        fade_order=options["fade_order"],
-        ema=options["model_ema_decay"],
-        amp_dtype=torch.bfloat16 if options["train_amp"] else None,
-        seed=options["seed"],
-    )
-    chosen.check()
-    return chosen
-
-
-def calibration(options: dict[str, Any]) -> Any:
-    """Return the `normswap.CalibrationOptions` that were asked for."""
-    from normswap.calibration.options import CalibrationOptions
-
-    names = ("method", "reconstruct", "refine_steps", "memory_budget")
-    return CalibrationOptions(**{name: options[name] for name in names})
-
-
-def budget(options: dict[str, Any]) -> Any:
-    """Return the `normswap.AccuracyBudget` that was asked for."""
-    from normswap.search.budget import AccuracyBudget
-
-    names = ("max_drop", "min_agreement", "max_keep", "max_evaluations")
-    return AccuracyBudget(**{name: options[name] for name in names})
-
-
-def finetune_stage(options: dict[str, Any], training: Any, images: Any, held_out: Any) -> Any:
-    """Return the `normswap.FinetuneStage` that was asked for, None without fine-tuning."""
-    from normswap.pipeline.options import FinetuneStage
-
-    if training is None:
-        return None
-    return FinetuneStage(training, images, held_out, options["finetune_state"], options["resume"], options["control"])
-
-
-def evaluation(options: dict[str, Any]) -> Any:
-    """Return the `normswap.EvaluationOptions` that were asked for."""
-    from normswap.pipeline.options import EvaluationOptions
-
-    worst = {"worst_images": options["worst_images"]} if "worst_images" in options else {}
-    return EvaluationOptions(atol=options["atol"], amp_dtype=amp_dtype(options), name=options["model"], **worst)
-
-
-def saving(options: dict[str, Any], sources: list[Path], data_config: dict[str, Any] | None) -> Any:
-    """Return the `normswap.SaveOptions` that were asked for; the folder must hold none of ``sources``."""
-    from normswap.outputs.options import SaveOptions
-
-    command = ["normswap", *sys.argv[1:]]
-    return SaveOptions(options["overwrite"], sources, command, data_config or None, options.get("report"))
-
-
-def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> tuple[Any, Any, Any]:
-    """Return images to calibrate on, to train on, and to hold out from both; of all there are, if they are few.
-
-    Args:
-        images: the `ImageSet` to draw from.
-        calibrate: how many to calibrate on.
-        train: how many for fine-tuning, with those held out; None for as many as for calibration.
-        seed: draws them.
-
-    Raises:
-        ArgumentError: there is only one image.
-    """
-    from normswap.errors import ArgumentError
-    from normswap.finetuning.holdout import held_out_of
-
-    if len(images) < 2:
-        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(images)}")
-    train = min(train or calibrate, len(images))
-    held = held_out_of(train)
-    calibrate, train = (min(count, len(images) - held) for count in (calibrate, train - held))
-    return images.draw(calibrate, seed), images.draw(train, seed), images.draw(held, seed, max(calibrate, train))
-
-
-def output_options() -> Callable[[F], F]:
-    return _all(
-        click.option("--json", "as_json", is_flag=True, help="one JSON object on stdout"),
-        click.option("-q", "--quiet", is_flag=True, help="no talk on stderr"),
-        click.option("-v", "--verbose", count=True, help="-v: every layer, warnings, logs; -vv: tracebacks"),
+def _optimiser_options() -> tuple[Decorator, ...]:
+    positive = click.FloatRange(0, min_open=True)
+    return (
+        numbers("--lr", type=positive, default=_TRAINING.lr, metavar="X", help="peak learning rate"),
+        numbers(
+            "--train-batch-size", type=click.IntRange(1), default=_TRAINING.batch_size, help="batch size in training"
+        ),
+        numbers(
+            "--grad-accum-steps",
+            type=click.IntRange(1),
+            default=_TRAINING.accumulate,
+            help="gradient accumulation: batches per optimiser step",
+        ),
+        option("--opt", metavar="NAME", default=_TRAINING.opt, show_default=True, help="timm optimiser"),
+        numbers(
+            "--weight-decay",
+            type=click.FloatRange(0),
+            default=_TRAINING.weight_decay,
+            metavar="X",
+            help="weight decay of the optimiser",
+        ),
+        numbers(
+            "--warmup",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=_TRAINING.warmup,
+            metavar="X",
+            help="learning rate warm-up: share of the steps",
+        ),
+        numbers(
+            "--clip-grad",
+            type=positive,
+            default=_TRAINING.clip_grad,
+            metavar="X",
+            help="gradient clipping: maximum norm",
+        ),
     )
 
 
-def architecture(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the arguments of `normswap.load_model` that describe the architecture."""
-    kwargs = dict(options["model_kwargs"])
-    return {name: options[name] for name in ("num_classes", "img_size", "in_chans")} | kwargs
+def _loss_options() -> tuple[Decorator, ...]:
+    weights = (
+        ("--kl-weight", _TRAINING.kl, "loss weight of the KL of the outputs"),
+        ("--feature-weight", _TRAINING.features, "loss weight of the error in the residual stream"),
+        ("--label-weight", _TRAINING.labels, "loss weight of the labels"),
+    )
+    return tuple(
+        numbers(flag, type=click.FloatRange(0), default=default, metavar="X", help=text)
+        for flag, default, text in weights
+    )
 
 
-def weights(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the arguments of `normswap.load_model` that say which weights."""
-    return {name: options[name] for name in ("pretrained", "checkpoint", "use_ema")}
+def _training_options() -> tuple[Decorator, ...]:
+    return (
+        option(
+            "--bn-mode",
+            type=click.Choice(BN_MODES),
+            default=_TRAINING.bn_mode,
+            show_default=True,
+            help="BatchNorm statistics in training: calibrated ones, or those of each batch",
+        ),
+        option("--train-stem", is_flag=True, help="train the stem too; training becomes less stable"),
+        numbers(
+            "--hflip",
+            type=click.FloatRange(0, 1),
+            default=_TRAINING.hflip,
+            metavar="P",
+            help="augmentation: probability of a horizontal flip",
+        ),
+        numbers(
+            "--scale",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=_TRAINING.scale,
+            metavar="X",
+            help="augmentation: minimum share of the area that a random crop keeps",
+        ),
+        numbers(
+            "--fade",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=_TRAINING.fade,
+            metavar="X",
+            help="share of the run over which each LayerNorm is blended into its BatchNorm",
+        ),
+        option(
+            "--fade-order",
+            type=click.Choice(FADE_ORDERS),
+            default=_TRAINING.fade_order,
+            show_default=True,
+            help="order in which the LayerNorms are blended",
+        ),
+        numbers(
+            "--model-ema-decay",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            metavar="X",
+            help="decay of an exponential moving average of the weights  [off]",
+        ),
+    )
 
 
-def against_weights(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the same for the model that ``--against`` names."""
-    return {name: options[f"against_{name}"] for name in ("pretrained", "checkpoint", "use_ema")}
+def output_group(*options: Decorator, what: str = "folder to write", required: bool = False, **more: Any) -> Decorator:
+    """Return -o, --overwrite and a command's own options of what it writes."""
+    return option_group(
+        "Output",
+        option("-o", "--output", required=required, type=click.Path(path_type=Path), help=what, **more),
+        option("--overwrite", is_flag=True, help=f"replace an existing {what.split()[0]}"),
+        *options,
+    )
 
 
-def data(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the arguments of `normswap.load_images` beyond path and split."""
-    names = ("dataset", "class_map", "batch_size", "workers", "max_skipped")
-    return {name: options[name] for name in names} | {"labels": not options["no_labels"]} | preprocessing(options)
-
-
-def preprocessing(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the overrides of the model's data config that were given."""
-    names = ("img_size", "crop_pct", "mean", "std", "interpolation")
-    return {name: options[name] for name in names if options[name] is not None}
-
-
-def amp_dtype(options: dict[str, Any]) -> Any:
-    import torch
-
-    return getattr(torch, options["amp_dtype"]) if options["amp"] else None
-
-
-def pick_device(name: str) -> str:
-    """Return the device to run on.
-
-    Raises:
-        ArgumentError: torch cannot use it here.
-    """
-    import torch
-
-    from normswap.errors import ArgumentError
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world_size() > 1 else "cuda"
-        return "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ArgumentError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
-    return name
+def messages_group() -> Decorator:
+    return option_group(
+        "Messages",
+        option("--json", "as_json", is_flag=True, help="print one JSON object on stdout"),
+        option("-q", "--quiet", is_flag=True, help="suppress log output"),
+        option("-v", "--verbose", count=True, help="-v: every layer, warnings, logs; -vv: also tracebacks"),
+    )

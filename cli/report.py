@@ -3,25 +3,30 @@
 from pathlib import Path
 
 import click
+import cloup
 
+from . import options as o
 from .console import Console, NormswapCommand
-from .options import output_options
 
 BENCHMARK = "benchmark.json"
 
 
-@click.command(cls=NormswapCommand)
+@cloup.command(cls=NormswapCommand)
 @click.argument("folder", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--benchmark",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"what `normswap benchmark --json` printed  [OUT/{BENCHMARK}, if it is there]",
+@cloup.option_group(
+    "Report",
+    cloup.option(
+        "--benchmark",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help=f"output of `normswap benchmark --json`  [OUT/{BENCHMARK}, if it exists]",
+    ),
 )
-@output_options()
+@o.messages_group()
 def report(folder: Path, benchmark: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
-    """Write OUT/report.html anew, one page without network: accuracy, fit by depth, worst images, speed, plan.
+    """Write report.html again from the numbers in an output folder.
 
-    OUT is a folder that `normswap convert` wrote. Everything comes from its normswap.json; nothing is measured again.
+    OUT is a folder that `normswap convert` wrote. OUT/report.html is one page without network: accuracy, fit by depth,
+    worst images, speed, plan. Everything comes from OUT/normswap.json; nothing is measured again.
 
     \b
     normswap report out

@@ -1,6 +1,8 @@
 """The road: packages import only from packages to their left, files inside one only from files to their left."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,8 +57,8 @@ ROAD: dict[str, tuple[str, ...]] = {
         "html_report",
     ),
     "outputs": ("options", "save", "swapped_checkpoint", "hub"),
-    "exporting": ("layernorm_search", "onnx_file", "fp16", "int8", "export"),
-    "benchmarking": ("timing", "results", "variants", "engines", "benchmark"),
+    "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
+    "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
     "pipeline": ("open_model", "options", "conversion", "checks", "steps", "convert", "from_swapped"),
     "demo": (),
 }
@@ -140,6 +142,15 @@ def test_a_package_says_what_it_does_and_what_it_never_does(package):
 )
 def test_every_spelling_of_an_import_is_seen(line):
     assert list(_imported(line, ("surgery",))) == [("surgery", "fold")]
+
+
+def test_what_the_command_line_reads_imports_no_torch():
+    names = [f"{room}.options" for room, files in ROAD.items() if "options" in files]
+    assert len(names) > 5
+    lines = [f"import normswap.{name}" for name in [*names, "search.budget", "records.report"]]
+    code = "; ".join(["import sys", *lines, "assert 'torch' not in sys.modules and 'timm' not in sys.modules"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_library_knows_nothing_of_the_command_line():

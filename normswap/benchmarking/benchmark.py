@@ -15,14 +15,11 @@ from ..errors import ArgumentError, BenchmarkError, MissingExtraError, one_line
 from ..inputs.batches import rebatched
 from ..model_utils import resolve_input_size
 from ..progress import Progress, no_progress
-from .engines import COMPILE, EAGER, ONNXRUNTIME, Runnable, check_engine, denormals_as_zero, prepare, workplace
+from .engines import Runnable, check_engine, denormals_as_zero, prepare, workplace
+from .options import CLOCKS, CPU, DEFAULT_ROUNDS, EAGER, ENGINES, FEWEST_ROUNDS, WALL
 from .results import VARIANTS, Benchmark, Timing
 from .timing import Clock, cpu_clock, cuda_clock, freed_memory_kept, steps_per_turn, take_turns, wall_clock, warm_up
 from .variants import differences, norm_free, stand_in
-
-ENGINES = (EAGER, COMPILE, ONNXRUNTIME)
-DEFAULT_ROUNDS = 25
-_FEWEST_ROUNDS = 3
 
 
 def benchmark_models(
@@ -38,7 +35,7 @@ def benchmark_models(
     dtype: torch.dtype | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
-    clock: str = "wall",
+    clock: str = WALL,
     input_size: tuple[int, int, int] | None = None,
     name: str | None = None,
     alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -108,7 +105,7 @@ def benchmark_models(
     }
     name = name or type(original).__name__
     result = Benchmark(name, size[-1], settings, differences=differences(fused, bound), notes=notes)
-    tick = cuda_clock(target) if target.type == "cuda" else {"wall": wall_clock, "cpu": cpu_clock}[clock]
+    tick = cuda_clock(target) if target.type == "cuda" else {WALL: wall_clock, CPU: cpu_clock}[clock]
     session = _Session(models, place, amp_dtype, pixels is None, tick, rounds, alone, notes)
     cases = list(itertools.product(usable, batch_sizes))
     turns = rounds * len(models)
@@ -306,13 +303,13 @@ def _check(batch_sizes: Iterable[int], engines: Iterable[str], rounds: int, devi
     unknown = [name for name in names if name not in ENGINES]
     if unknown or not names:
         raise ArgumentError(f"engines are {', '.join(ENGINES)}, not {', '.join(unknown) or 'none'}")
-    if rounds < _FEWEST_ROUNDS:
-        raise ArgumentError(f"{rounds} rounds have no spread; at least {_FEWEST_ROUNDS}")
+    if rounds < FEWEST_ROUNDS:
+        raise ArgumentError(f"{rounds} rounds have no spread; at least {FEWEST_ROUNDS}")
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"{device.type}: only cpu and cuda can be timed")
-    if clock not in ("wall", "cpu"):
-        raise ArgumentError(f"the clock is wall or cpu, not {clock!r}")
-    if clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() != 1):
+    if clock not in CLOCKS:
+        raise ArgumentError(f"`clock` must be one of {', '.join(CLOCKS)}, not {clock!r}")
+    if clock == CPU and (device.type != "cpu" or torch.get_num_threads() != 1):
         raise ArgumentError("CPU time measures a model on one thread of a CPU only: set one thread, and `device` cpu")
 
 

@@ -16,9 +16,8 @@ from torch import nn
 from ..errors import BenchmarkError, MissingExtraError, one_line
 from ..exporting.onnx_file import EXTRA_ONNX, open_session, write_onnx
 from ..planning.graph import export_program
+from .options import COMPILE, ONNXRUNTIME
 from .timing import Step
-
-EAGER, COMPILE, ONNXRUNTIME = "eager", "compile", "onnxruntime"
 
 
 @dataclass(frozen=True)

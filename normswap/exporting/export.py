@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models import get_model_input_config
@@ -24,13 +24,10 @@ from ..records.report import plain, versions
 from .fp16 import HalfReport, check_fp16
 from .int8 import Int8Report, check_int8
 from .layernorm_search import Inventory, count_onnx, count_program
-from .onnx_file import DEFAULT_OPSET, EXTRA_ONNX, OnnxModel, read_onnx, require_onnx, write_onnx
+from .onnx_file import EXTRA_ONNX, OnnxModel, read_onnx, require_onnx, write_onnx
+from .options import ATOL, DEFAULT_OPSET, DTYPES, FORMATS, Format
 
-Format = Literal["onnx", "pt2"]
-FORMATS = ("onnx", "pt2")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-# Largest difference of an output from the float32 model. FP16 has 11 bits, and a ViT rounds a hundred times.
-ATOL = {"fp32": 1e-3, "fp16": 0.1}
+_TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _RANDOM, _BATCH = 16, 64
 
 
@@ -159,7 +156,7 @@ def export_model(
     described = f"{count} random images" if images is None else describe(images, count)
     name = name or str(pretrained_cfg(model).get("architecture", type(model).__name__))
     clock = _Clock()
-    exported = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(DTYPES[dtype])
+    exported = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(_TORCH_DTYPES[dtype])
     program = export_program(exported, example_batch(exported, size, static or 2), dynamic=static is None)
     stayed = count_program(program)
     record = _metadata(model, name, dtype, size, stayed.norms)
@@ -174,7 +171,7 @@ def export_model(
             graph, loaded = stayed, _load_program(beside)
         del program
         clock.note("export")
-        comparison = _compare(model, loaded, batches, static, DTYPES[dtype], described, progress)
+        comparison = _compare(model, loaded, batches, static, _TORCH_DTYPES[dtype], described, progress)
         clock.note("compare")
         half = check_fp16(model, batches, original) if dtype == "fp16" else None
         int8 = None

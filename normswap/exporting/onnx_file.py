@@ -14,10 +14,9 @@ from torch import nn
 
 from ..errors import ArgumentError, CheckFailedError, MissingExtraError, ModelRefusedError, first_line, innermost
 from ..planning.graph import quiet
+from .options import DEFAULT_OPSET
 
 EXTRA_ONNX = ("onnx", "onnxscript", "onnxruntime")
-# torch's exporter is written for this opset; others are made from it by rules of their own or by conversion.
-DEFAULT_OPSET = 18
 # A protobuf file holds less than 2 GB; the graph and its names take a share of that.
 _LARGEST_FILE = 1_900_000_000
 

@@ -12,8 +12,9 @@ from torch import nn
 
 import normswap
 from normswap.benchmarking import benchmark, timing
-from normswap.benchmarking.benchmark import ENGINES, _rounds, benchmark_models
+from normswap.benchmarking.benchmark import _rounds, benchmark_models
 from normswap.benchmarking.engines import Runnable, _activations, prepare
+from normswap.benchmarking.options import ENGINES
 from normswap.benchmarking.results import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 from normswap.benchmarking.variants import differences, norm_free, stand_in
 from normswap.demo import FOLDER, MODEL

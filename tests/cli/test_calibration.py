@@ -1,18 +1,15 @@
 """The options of the calibration on the command line, and what it shows of it."""
 
 import inspect
-import io
 import re
-from typing import get_args
-
-import pytest
-from rich.console import Console as RichConsole
+import sys
+from dataclasses import replace
 
 import normswap
-from normswap.calibration.estimators import METHODS
-from normswap.calibration.options import RECONSTRUCT
-from normswap.planning.options import FfnBn
-from normswap_cli.console import Console
+from normswap.calibration.estimators import ESTIMATORS
+from normswap.calibration.options import METHODS, RECONSTRUCT
+from normswap.planning.options import FFN_BN
+from normswap_cli import arguments
 from normswap_cli.main import cli
 
 from .test_cli import DEMO, converted, one_object, run
@@ -20,15 +17,25 @@ from .test_cli import DEMO, converted, one_object, run
 __all__ = ["converted"]  # a fixture
 
 
-def test_the_choices_are_the_librarys():
-    """Spelled out in the command line, since the library's own lists come with torch."""
-    choices = {
-        p.name: (p.type.choices, p.default) for p in cli.commands["convert"].params if hasattr(p.type, "choices")
-    }
-    parameters = inspect.signature(normswap.convert).parameters
-    for name, library in (("method", METHODS), ("reconstruct", RECONSTRUCT), ("ffn_bn", get_args(FfnBn))):
-        assert sorted(choices[name][0]) == sorted(library)
-        assert choices[name][1] == parameters[name].default
+def test_the_defaults_are_the_librarys():
+    options = (
+        cli.commands["convert"].make_context("convert", ["-m", "vit", "-o", "out", "--finetune-epochs", "1"]).params
+    )
+    assert arguments.calibration(options) == normswap.CalibrationOptions()
+    assert arguments.budget(options) == normswap.AccuracyBudget()
+    assert arguments.evaluation(options) == normswap.EvaluationOptions(name="vit")
+    assert arguments.finetuning(options) == normswap.FinetuneOptions()
+    stage = normswap.FinetuneStage(images="images", held_out="others")
+    assert arguments.finetune_stage(options, normswap.FinetuneOptions(), "images", "others") == stage
+    assert arguments.saving(options, (), {}) == replace(normswap.SaveOptions(), command=["normswap", *sys.argv[1:]])
+    assert options["ffn_bn"] == inspect.signature(normswap.convert).parameters["ffn_bn"].default
+
+
+def test_every_estimator_is_a_method_and_every_method_a_choice():
+    choices = {p.name: p.type.choices for p in cli.commands["convert"].params if hasattr(p.type, "choices")}
+    assert tuple(choices["method"]) == METHODS
+    assert set(METHODS) == set(ESTIMATORS)
+    assert (tuple(choices["reconstruct"]), tuple(choices["ffn_bn"])) == (RECONSTRUCT, FFN_BN)
 
 
 def test_method_reconstruct_and_budget_reach_the_calibration(tmp_path, monkeypatch):
@@ -39,11 +46,11 @@ def test_method_reconstruct_and_budget_reach_the_calibration(tmp_path, monkeypat
         raise normswap.CalibrationError("seen")
 
     monkeypatch.setattr("normswap.pipeline.convert.convert", spy)
-    arguments = ("--method", "channel", "--reconstruct", "readers", "--memory-budget", "1.5G")
-    assert run("convert", *DEMO, "-o", tmp_path / "out", *arguments).exit_code == 1
-    assert (given["method"], given["reconstruct"], given["memory_budget"]) == ("channel", "readers", 3 * 2**29)
+    words = ("--method", "channel", "--reconstruct", "readers", "--memory-budget", "1.5G", "--refine-steps", 5)
+    assert run("convert", *DEMO, "-o", tmp_path / "out", *words).exit_code == 1
+    assert given["calibration"] == normswap.CalibrationOptions("channel", "readers", 5, 3 * 2**29)
     assert run("convert", *DEMO, "-o", tmp_path / "out").exit_code == 1
-    assert (given["method"], given["reconstruct"], given["memory_budget"]) == ("reconstruct", "all", None)
+    assert given["calibration"] == normswap.CalibrationOptions()
 
 
 def test_readers_only(converted, tmp_path):
@@ -75,19 +82,3 @@ def test_tables_are_brief_and_in_full_with_v(tmp_path):
             re.M,
         )
         assert rows(result.stdout, "fused")
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_is_for_terminals(terminal):
-    console = Console()
-    console.talk = RichConsole(file=io.StringIO(), force_terminal=terminal, width=120, force_interactive=terminal)
-    with console.progress() as update:
-        update("calibrate: blocks.0.norm1", 0, 4)
-        update("calibrate: blocks.0.attn.qkv", 2, 4)
-    shown = console.talk.file.getvalue()
-    if not terminal:
-        assert shown == ""
-        return
-    assert "blocks.0.attn.qkv" in shown
-    assert "2/4" in shown
-    assert re.search(r"-:--:--|\d:\d\d:\d\d", shown)  # the time left

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -48,81 +46,6 @@ def converted(tmp_path_factory):
     result = run("convert", *DEMO, "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     return out, result
-
-
-@pytest.mark.parametrize("command", [None, *cli.commands])
-def test_help(command):
-    arguments = [] if command is None else [command]
-    result = run(*arguments, "--help")
-    assert result.exit_code == 0
-    assert not result.stderr
-    assert run(*arguments, "-h").stdout == result.stdout
-    told = (cli if command is None else cli.commands[command]).help
-    assert told
-    assert told.split(".")[0].split(":")[0] in " ".join(result.stdout.split())
-    if command is None:
-        assert all(f"  {name} " in result.stdout for name in ("demo", "inspect", "convert", "evaluate", "push"))
-        assert "Exit codes" in result.stdout
-
-
-@pytest.mark.parametrize("command", cli.commands)
-def test_json_quiet_and_verbose_are_everywhere(command):
-    flags = {name for option in cli.commands[command].params for name in option.opts}
-    assert {"--json", "-q", "--quiet", "-v", "--verbose"} <= flags
-
-
-def test_help_and_usage_errors_do_not_import_torch():
-    script = """
-import sys
-import click
-from normswap_cli.main import cli
-for line in sys.argv[1:]:
-    try:
-        code = cli.main(line.split(), "normswap", standalone_mode=False) or 0
-    except click.UsageError as error:
-        code = error.exit_code
-    heavy = [name for name in ("torch", "timm", "normswap") if name in sys.modules]
-    print(code, heavy, line, file=sys.stderr)
-"""
-    lines = {
-        "--help": 0,
-        "--version": 0,
-        "convert --help": 0,
-        "convrt": 2,
-        "convert": 2,
-        "convert -m x --data-dir .": 2,
-        "convert --no-such-option": 2,
-        "convert -m x --data-dir /no/such/folder -o out": 2,
-        "evaluate -m x --batch-size 0": 2,
-    }
-    done = subprocess.run([sys.executable, "-c", script, *lines], capture_output=True, text=True, check=True)
-    assert done.stderr.splitlines() == [f"{code} [] {line}" for line, code in lines.items()]
-
-
-def test_version():
-    result = run("--version")
-    assert result.exit_code == 0
-    assert result.stdout == f"normswap, version {normswap.__version__}\n"
-
-
-def test_no_command_shows_the_help():
-    result = run()
-    assert result.exit_code == 2
-    assert result.stderr == run("--help").stdout
-    assert not result.stdout
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("convrt", "convert"), ("inspct", "inspect"), ("evalute", "evaluate")])
-def test_mistyped_command(typed, meant):
-    result = run(typed)
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == f"Error: No such command '{typed}'. Did you mean '{meant}'?"
-
-
-def test_mistyped_option():
-    result = run("convert", "--calib-sample", 3)
-    assert result.exit_code == 2
-    assert "--calib-samples" in result.stderr.splitlines()[-1]
 
 
 def test_inspect_table_and_json_agree():
@@ -187,7 +110,7 @@ def test_convert_seconds(converted, step):
 
 def test_convert_takes_gradient_steps_as_asked(converted, tmp_path):
     assert one_object(converted[1])["refine_steps"] == STEPS
-    assert f"{STEPS} at least" in " ".join(run("convert", "--help").stdout.split())
+    assert f"at least {STEPS}" in " ".join(run("convert", "--help").stdout.split())
     result = run("convert", *DEMO, "-o", tmp_path / "out", "--refine-steps", 0, "--json")
     record = one_object(result)
     assert record["refine_steps"] == 0

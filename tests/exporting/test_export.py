@@ -14,8 +14,6 @@ from normswap import atomic, export_model
 from normswap.demo import FOLDER, MODEL
 from normswap.errors import ArgumentError, CheckFailedError, ModelRefusedError, OutputError
 from normswap.exporting import onnx_file as onnxfile
-from normswap.exporting.export import DTYPES, FORMATS
-from normswap_cli import export as command
 
 from ..cli.test_bad_input import assert_one_line, truncate
 from ..cli.test_cli import DEMO, IMAGES, one_object, run
@@ -303,8 +301,3 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(OutputError, match="still stands"), atomic.new_file(target, overwrite=True):
         raise OSError("disk full")
     assert target.read_text() == "whole"
-
-
-def test_the_command_line_knows_the_librarys_names():
-    assert command.FORMATS == FORMATS
-    assert tuple(DTYPES) == command._DTYPES

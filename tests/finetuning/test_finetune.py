@@ -380,8 +380,8 @@ def test_convert_fine_tunes(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--resume"], "--resume, --finetune-state and --control go with --finetune-epochs"),
-        (["--finetune-epochs", 1, "--resume"], "--resume needs a state, the file to go on from: --finetune-state"),
+        (["--resume"], "--resume, --finetune-state and --control require --finetune-epochs"),
+        (["--finetune-epochs", 1, "--resume"], "--resume needs the state file of a run: --finetune-state"),
     ],
 )
 def test_flags_that_need_others(tmp_path, flags, text):

@@ -209,9 +209,9 @@ def test_without_images_the_fold_is_checked_on_random_ones(swapped, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--against", "vit_tiny_patch16_224"), 2, "which weights has the original"),
+        (("--against", "vit_tiny_patch16_224"), 2, "weights are missing"),
         (("--against", "local-dir:/nowhere"), 2, "/nowhere"),
-        (("--epochs", 1, "--resume"), 2, "--resume needs a state"),
+        (("--epochs", 1, "--resume"), 2, "--resume needs the state"),
         (("--samples", 3, "--train-batch-size", 24), 2, "fewer than one step takes"),
     ],
 )
@@ -259,7 +259,7 @@ def test_an_original_that_moved_away(tmp_path):
     shutil.rmtree(copied)
     lost = run("finetune", "-m", tmp_path / "swapped", *IMAGES, "-o", tmp_path / "tuned")
     assert lost.exit_code == 2
-    assert lost.stderr.splitlines()[-1].endswith("if it is elsewhere now, --against says where")
+    assert lost.stderr.splitlines()[-1].endswith("if it has moved, give its place with --against")
 
 
 def test_no_other_command_takes_it_for_a_model(swapped):
@@ -314,9 +314,9 @@ def test_images_that_calibration_saw_are_no_judges(swapped, tmp_path):
     flags = (*IMAGES, "--train-batch-size", 24, "-o", tmp_path / "tuned")
     clean = run("finetune", "-m", swapped, *flags)
     assert clean.exit_code == 0, clean.stderr
-    assert "calibration saw images" not in clean.stderr
+    assert "optimistic" not in clean.stderr
     all_of_them = ("-m", MODEL, *IMAGES, "--calib-samples", 320, "--method", "channel")
     run("convert", *all_of_them, "-o", tmp_path / "out", "--save-swapped", tmp_path / "swapped")
     told = run("finetune", "-m", tmp_path / "swapped", *flags, "--overwrite")
     assert told.exit_code == 0, told.stderr
-    assert "calibration saw images that are held out now" in told.stderr
+    assert "held-out images were also used for calibration" in told.stderr

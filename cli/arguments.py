@@ -1,0 +1,170 @@
+"""From the options of the command line to the arguments of the library."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .processes import world_size
+
+
+def architecture(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_model` that describe the architecture."""
+    kwargs = dict(options["model_kwargs"])
+    return {name: options[name] for name in ("num_classes", "img_size", "in_chans")} | kwargs
+
+
+def weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_model` that say which weights."""
+    return {name: options[name] for name in ("pretrained", "checkpoint", "use_ema")}
+
+
+def against_weights(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the same for the model that ``--against`` names."""
+    return {name: options[f"against_{name}"] for name in ("pretrained", "checkpoint", "use_ema")}
+
+
+def data(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of `normswap.load_images` beyond path and split."""
+    names = ("dataset", "class_map", "batch_size", "workers", "max_skipped")
+    return {name: options[name] for name in names} | {"labels": not options["no_labels"]} | preprocessing(options)
+
+
+def preprocessing(options: dict[str, Any]) -> dict[str, Any]:
+    """Pick the overrides of the model's data config that were given."""
+    names = ("img_size", "crop_pct", "mean", "std", "interpolation")
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+def amp_dtype(options: dict[str, Any]) -> Any:
+    import torch
+
+    return getattr(torch, options["amp_dtype"]) if options["amp"] else None
+
+
+def pick_device(name: str) -> str:
+    """Return the device to run on.
+
+    Raises:
+        ArgumentError: torch cannot use it here.
+    """
+    import torch
+
+    from normswap.errors import ArgumentError, first_line
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if world_size() > 1 else "cuda"
+        return "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # the meta device has no values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ArgumentError(f"--device {name}: not usable here: {first_line(error)}") from error
+    return name
+
+
+def finetuning(options: dict[str, Any]) -> Any:
+    """Return the `normswap.FinetuneOptions` that were asked for, None without fine-tuning.
+
+    Raises:
+        ArgumentError: invalid numbers, or --resume without a state.
+    """
+    import torch
+
+    from normswap.errors import ArgumentError
+    from normswap.finetuning.options import FinetuneOptions
+
+    if not options["finetune_epochs"]:
+        if options["resume"] or options["finetune_state"] or options.get("control"):
+            raise ArgumentError("--resume, --finetune-state and --control require --finetune-epochs")
+        return None
+    if options["resume"] and options["finetune_state"] is None:
+        raise ArgumentError("--resume needs the state file of a run: --finetune-state (finetune: --state)")
+    chosen = FinetuneOptions(
+        epochs=options["finetune_epochs"],
+        lr=options["lr"],
+        opt=options["opt"],
+        weight_decay=options["weight_decay"],
+        warmup=options["warmup"],
+        batch_size=options["train_batch_size"],
+        accumulate=options["grad_accum_steps"],
+        clip_grad=options["clip_grad"],
+        kl=options["kl_weight"],
+        features=options["feature_weight"],
+        labels=options["label_weight"],
+        bn_mode=options["bn_mode"],
+        stem=options["train_stem"],
+        hflip=options["hflip"],
+        scale=options["scale"],
+        fade=options["fade"],
+        fade_order=options["fade_order"],
+        ema=options["model_ema_decay"],
+        amp_dtype=torch.bfloat16 if options["train_amp"] else None,
+        seed=options["seed"],
+    )
+    chosen.check()
+    return chosen
+
+
+def calibration(options: dict[str, Any]) -> Any:
+    """Return the `normswap.CalibrationOptions` that were asked for."""
+    from normswap.calibration.options import CalibrationOptions
+
+    names = ("method", "reconstruct", "refine_steps", "memory_budget")
+    return CalibrationOptions(**{name: options[name] for name in names})
+
+
+def budget(options: dict[str, Any]) -> Any:
+    """Return the `normswap.AccuracyBudget` that was asked for."""
+    from normswap.search.budget import AccuracyBudget
+
+    names = ("max_drop", "min_agreement", "max_keep", "max_evaluations")
+    return AccuracyBudget(**{name: options[name] for name in names})
+
+
+def finetune_stage(options: dict[str, Any], training: Any, images: Any, held_out: Any) -> Any:
+    """Return the `normswap.FinetuneStage` that was asked for, None without fine-tuning."""
+    from normswap.pipeline.options import FinetuneStage
+
+    if training is None:
+        return None
+    return FinetuneStage(training, images, held_out, options["finetune_state"], options["resume"], options["control"])
+
+
+def evaluation(options: dict[str, Any]) -> Any:
+    """Return the `normswap.EvaluationOptions` that were asked for."""
+    from normswap.pipeline.options import EvaluationOptions
+
+    worst = {"worst_images": options["worst_images"]} if "worst_images" in options else {}
+    return EvaluationOptions(atol=options["atol"], amp_dtype=amp_dtype(options), name=options["model"], **worst)
+
+
+def saving(options: dict[str, Any], sources: list[Path], data_config: dict[str, Any] | None) -> Any:
+    """Return the `normswap.SaveOptions` that were asked for; the folder must hold none of ``sources``."""
+    from normswap.outputs.options import SaveOptions
+
+    command = ["normswap", *sys.argv[1:]]
+    return SaveOptions(options["overwrite"], sources, command, data_config or None, options.get("report"))
+
+
+def training_sets(images: Any, calibrate: int, train: int | None, seed: int) -> tuple[Any, Any, Any]:
+    """Return images to calibrate on, to train on, and to hold out from both; of all there are, if they are few.
+
+    Args:
+        images: the `ImageSet` to draw from.
+        calibrate: how many to calibrate on.
+        train: how many for fine-tuning, with those held out; None for as many as for calibration.
+        seed: draws them.
+
+    Raises:
+        ArgumentError: there is only one image.
+    """
+    from normswap.errors import ArgumentError
+    from normswap.finetuning.holdout import held_out_of
+
+    if len(images) < 2:
+        raise ArgumentError(f"fine-tuning needs at least two images, there are {len(images)}")
+    train = min(train or calibrate, len(images))
+    held = held_out_of(train)
+    calibrate, train = (min(count, len(images) - held) for count in (calibrate, train - held))
+    return images.draw(calibrate, seed), images.draw(train, seed), images.draw(held, seed, max(calibrate, train))
