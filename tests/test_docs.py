@@ -49,8 +49,3 @@ def test_the_version_stands_in_one_place():
     found = [p for p in ROOT.rglob("*.py") if f'"{normswap.__version__}"' in p.read_text() and "build" not in p.parts]
     assert found == [ROOT / "normswap" / "__init__.py"]
     assert normswap.__version__ not in (ROOT / "pyproject.toml").read_text()
-
-
-def test_every_public_name_has_a_docstring():
-    for name in normswap.__all__:
-        assert getattr(normswap, name).__doc__, name

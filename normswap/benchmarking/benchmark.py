@@ -79,6 +79,10 @@ def benchmark_models(
         NoLayerNormError, ModelRefusedError, CalibrationError, FoldError: without ``fused``, see `make_plan` and others.
         BenchmarkError: an engine cannot run a model.
         MissingExtraError: ONNX Runtime is not installed.
+
+    >>> result = benchmark_models(timm.create_model("test_vit").eval(), rounds=3)
+    >>> [timing.variant for timing in result.timings]
+    ['original', 'fused', 'norm-free', 'original again']
     """
     weight = next(original.parameters())
     target = torch.device(device) if device is not None else weight.device

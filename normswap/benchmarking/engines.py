@@ -1,4 +1,8 @@
-"""What runs a model: PyTorch eagerly, torch.compile, ONNX Runtime. Each makes one step that can be timed."""
+"""What runs a model: PyTorch eagerly, torch.compile, ONNX Runtime. Each makes one step that can be timed.
+
+To add a runtime: name it in `ENGINES` of `normswap.benchmarking.options`, refuse in `check_engine` what it cannot do,
+and return a `Runnable` for it from `prepare`. A file format of its own belongs to `normswap.exporting`.
+"""
 
 import json
 import os

@@ -31,7 +31,17 @@ _MIXING = frozenset("scaled_dot_product_attention matmul bmm baddbmm softmax _so
 
 
 class Branch:
-    """The original's way from the outputs of some layers to the output of the layer that ends their branch."""
+    """The original's way from the outputs of some layers to the output of the layer that ends their branch.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Softmax(-1), nn.Linear(2, 2)).eval()
+    >>> lane = Lane(model, torch.zeros(1, 2), [])
+    >>> branch = Branch(lane, [Stop("0", "linear")], Stop("2", "linear"))
+    >>> branch.usable, branch.mixes_tokens
+    (True, True)
+    >>> x = torch.randn(1, 2)
+    >>> torch.equal(branch([model[0](x)]), model(x))
+    True
+    """
 
     def __init__(self, lane: Lane, readers: Sequence[Stop], end: Stop) -> None:
         self.lane, self.end = lane, lane.node(end)

@@ -80,6 +80,14 @@ def calibrate(
     Raises:
         ArgumentError: invalid options, no BatchNorm to set, no images, or a memory budget below one batch.
         CalibrationError: statistics of a site are not finite.
+
+    >>> from normswap.demo import FOLDER, MODEL
+    >>> model = normswap.load_model(MODEL)
+    >>> swapped = normswap.swap_norms(model)
+    >>> images = normswap.load_images(model, FOLDER, "train").draw(40, seed=0)
+    >>> found = calibrate(swapped, images, model, CalibrationOptions(method="channel"))
+    >>> found.sites[0].site, found.sites[0].r2 > 0.8
+    ('blocks.0.norm1', True)
     """
     options = options or CalibrationOptions()
     options.check()

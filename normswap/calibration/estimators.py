@@ -19,6 +19,11 @@ from .moments import JointMoments, r_squared
 class Estimator(ABC):
     """What one method knows about one site.
 
+    To add a method: subclass this with an `affine` that returns the scale and shift a BatchNorm shall have, from
+    ``self.moments`` (x is the converted model's input; y[0] is what the LayerNorm gives on it, y[1] what the original
+    model has there); name it in `ESTIMATORS` below and in ``METHODS`` of `normswap.calibration.options`, from where
+    command line and checks take it.
+
     Args:
         norm: the BatchNorm to set.
         original: the LayerNorm it stands for.

@@ -25,6 +25,10 @@ Values = dict[fx.Node, Any]
 class Stop:
     """A place in the forward pass that both models have.
 
+    >>> lane = Lane(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), torch.zeros(1, 2), [])
+    >>> list(lane.places)
+    [Stop(path='0', operation='linear', ordinal=0), Stop(path='1', operation='relu', ordinal=0)]
+
     Attributes:
         path: the module whose forward runs there.
         operation: the operator's plain name; "call" for the whole call of a module.
@@ -50,7 +54,16 @@ class Step:
 
 
 class Lane:
-    """One exported model as a list of steps; the modules in ``live`` are called, not replayed from the graph."""
+    """One exported model as a list of steps; the modules in ``live`` are called, not replayed from the graph.
+
+    Runs from step to step, and keeps only the values that a later step still reads:
+
+    >>> lane = Lane(nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval(), torch.zeros(1, 2), ["0"])
+    >>> values = {lane.inputs[0]: torch.ones(1, 2)}
+    >>> first = lane.run(values, 0, 1, collect=[lane.node(Stop("0"))])
+    >>> [node.name for node in values], [tuple(x.shape) for x in first.values()]
+    (['linear'], [(1, 2)])
+    """
 
     def __init__(self, model: nn.Module, example: torch.Tensor, live: Iterable[str]) -> None:
         self.model = model

@@ -101,6 +101,12 @@ def evaluate_models(
 
     Raises:
         ArgumentError: no images, or models that answer in different shapes.
+
+    >>> model = timm.create_model("test_vit", num_classes=3).eval()
+    >>> images, labels = torch.zeros(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
+    >>> first, same = evaluate_models({"original": model, "copy": model}, [(images, labels)])
+    >>> same.name, same.n, same.agreement, same.kl
+    ('copy', 4, 100.0, 0.0)
     """
     tallies = {name: _Tally() for name in models}
     first = next(iter(models.values()))

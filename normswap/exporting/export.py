@@ -142,6 +142,13 @@ def export_model(
         CheckFailedError: outputs differ by more than ``atol`` or are not finite, a LayerNorm is in the graph that
             should not be, or a tensor has no FP16 number; its ``report`` is the `ExportReport`. Nothing is saved.
         OutputError: the file cannot be written.
+
+    >>> import tempfile
+    >>> model = timm.create_model("test_vit").eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = export_model(model, f"{folder}/model.pt2", format="pt2")
+    >>> report.comparison.max_abs_diff, len(report.layer_norms)
+    (0.0, 13)
     """
     path = Path(path)
     check_export(path, format, dtype, overwrite)

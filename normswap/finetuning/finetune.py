@@ -63,6 +63,13 @@ def finetune(
         OutputError: ``state`` cannot be written; what was there still is.
         CalibrationError: too many steps in a row without finite numbers.
         MissingExtraError: accelerate is not installed.
+
+    >>> model = timm.create_model("test_vit").eval()
+    >>> swapped = normswap.swap_norms(model)
+    >>> images = [torch.randn(20, 3, 160, 160)]
+    >>> found = finetune(swapped, images, model, FinetuneOptions(batch_size=6))
+    >>> found.images, found.held_out, found.steps
+    (18, 2, 3)
     """
     options = options or FinetuneOptions()
     options.check()

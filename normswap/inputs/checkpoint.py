@@ -48,6 +48,14 @@ def load_model(
         ArgumentError: unknown model, missing path, or no weights asked for.
         CheckpointError: weights that cannot be read or do not fit.
         ModelRefusedError: the architecture cannot be built with these arguments.
+
+    >>> from normswap.demo import MODEL
+    >>> type(load_model(MODEL)).__name__
+    'VisionTransformer'
+    >>> load_model("vit_tiny_patch16_224")
+    Traceback (most recent call last):
+        ...
+    normswap.errors.ArgumentError: vit_tiny_patch16_224: which weights? ...
     """
     if use_ema and checkpoint is None:
         raise ArgumentError("`use_ema` goes with `checkpoint`")

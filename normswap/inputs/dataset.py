@@ -207,6 +207,14 @@ def load_images(
     Raises:
         ArgumentError: the path does not exist.
         DataError: no images, or labels that do not fit the model.
+
+    >>> from normswap.demo import FOLDER, MODEL
+    >>> images = load_images(normswap.load_model(MODEL), FOLDER, "train")
+    >>> images.description, images.num_classes, images.input_size
+    ('320 images of demo/train.tar', 10, (3, 32, 32))
+    >>> batch, labels = next(iter(images.draw(5, seed=0)))
+    >>> batch.shape, labels.shape
+    (torch.Size([5, 3, 32, 32]), torch.Size([5]))
     """
     overrides = {k: v for k, v in config.items() if v is not None}
     try:

@@ -120,6 +120,15 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         ArgumentError: it is no such folder.
         CheckpointError: its files do not fit each other or cannot be read.
+
+    >>> import tempfile
+    >>> model = timm.create_model("test_vit").eval()
+    >>> options = normswap.CalibrationOptions(method="channel")
+    >>> result = normswap.convert(model, [torch.randn(4, 3, 160, 160)], calibration=options)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result.save(f"{folder}/out")
+    ...     type(load(f"{folder}/out").norm).__name__
+    'Identity'
     """
     path = Path(path)
     model = build(path)

@@ -88,6 +88,16 @@ def load_swapped(path: str | Path) -> Swapped:
     Raises:
         ArgumentError: it is no such folder.
         CheckpointError: its files do not fit each other or cannot be read.
+
+    >>> import tempfile
+    >>> model = timm.create_model("test_vit").eval()
+    >>> options = normswap.CalibrationOptions(method="channel")
+    >>> result = normswap.convert(model, [torch.randn(4, 3, 160, 160)], calibration=options)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result.save_swapped(f"{folder}/swapped")
+    ...     swapped = load_swapped(f"{folder}/swapped")
+    >>> type(swapped.model.norm).__name__
+    'TokenBatchNorm'
     """
     path = Path(path)
     if not (path / SWAPPED_RECORD).is_file():

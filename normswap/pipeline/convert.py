@@ -54,11 +54,13 @@ def convert(
             met; its ``report`` holds what was measured, and its ``conversion`` what misses nothing but the budget.
 
     >>> from normswap.demo import FOLDER, MODEL
-    >>> model = load_model(MODEL)
-    >>> images = load_images(model, FOLDER, "train").draw(32, seed=0)
+    >>> model = normswap.load_model(MODEL)
+    >>> images = normswap.load_images(model, FOLDER, "train").draw(40, seed=0)
     >>> result = convert(model, images, calibration=CalibrationOptions(method="channel"))
     >>> [type(module).__name__ for module in result.model.modules() if isinstance(module, nn.LayerNorm)]
     []
+    >>> [stage.name for stage in result.report.stages]
+    ['original', 'swapped', 'calibrated', 'fused']
     """
     stage = FinetuneStage(finetune) if isinstance(finetune, FinetuneOptions) else finetune
     request = Request(

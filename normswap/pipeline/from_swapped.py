@@ -57,6 +57,16 @@ def finetune_swapped(
 
     Raises:
         ArgumentError, CheckpointError, OutputError, CalibrationError, MissingExtraError: see `normswap.finetune`.
+
+    >>> model, images = timm.create_model("test_vit").eval(), [torch.randn(20, 3, 160, 160)]
+    >>> options = normswap.CalibrationOptions(method="channel")
+    >>> result = normswap.convert(model, images, calibration=options)
+    >>> swapped = Swapped(result.swapped, model, result.plan, result.report)
+    >>> finetune_swapped(swapped, model, images, FinetuneOptions(batch_size=6))
+    >>> swapped.report.finetuning.steps
+    3
+    >>> type(fuse(swapped).model.norm).__name__
+    'Identity'
     """
     items = list(images) if eval_images is None else images
     evaluation = items if eval_images is None else eval_images

@@ -125,7 +125,13 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     Raises:
         NoLayerNormError: there is no LayerNorm in the forward pass.
         ModelRefusedError: the model cannot be exported.
-        ArgumentError: a keep pattern fits no LayerNorm, or the input size is unknown.
+        ArgumentError: a keep pattern matches no LayerNorm, or the input size is unknown.
+
+    >>> plan = make_plan(timm.create_model("test_vit"), keep=["blocks.0.*"])
+    >>> plan.summary()
+    '13 LayerNorms: 11 fold-forward, 2 keep; 6 FFN BatchNorms'
+    >>> plan.sites[2].path, plan.sites[2].verdict, plan.sites[2].readers
+    ('blocks.1.norm1', 'fold-forward', ['blocks.1.attn.qkv'])
     """
     start = time.perf_counter()
     size = resolve_input_size(model, input_size)

@@ -1,7 +1,17 @@
 """Fold every BatchNorm ``y = s * x + h`` into its neighbours: exact, in float64, checked, then assigned all at once.
 
-Where each one goes is read from the graph of the swapped model itself, by the same rules that made the plan, so a
-checkpoint that was fine-tuned or came from disk folds in the same way.
+The whole fold, as `fold_norms` runs it:
+
+1. *Judge.* The graph of the swapped model says for each norm what takes its scale and shift, by the same rules that
+   made the plan (`normswap.planning.foldability`). So a checkpoint that was fine-tuned or came from disk folds alike.
+2. *Post*, in the order in which the norms run. What reads a norm takes ``W' = W * s``, ``b' = b + W @ h``
+   (`fold_input`); what makes its input takes ``W' = s[:, None] * W``, ``b' = s * b + h`` (`fold_output`); a position
+   embedding or token takes ``s * v + h``; a norm behind it takes its map on. All on float64 copies.
+3. *Commit.* Every result is cast to the dtype it will have and checked to be finite. Only then are all assigned.
+4. *Clear away.* A folded norm becomes `nn.Identity`; one that nothing could take becomes a `TokenAffine`.
+
+A new kind of layer is a new entry in `normswap.planning.operands` (where its weight and bias are, and what it does to
+channels); nothing here has to know of it.
 """
 
 import copy
@@ -30,6 +40,10 @@ def fold_input(
         scale: `[K]`, one per input feature.
         shift: `[K]`.
         groups: of the convolution.
+
+    >>> weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
+    >>> fold_input(weight, bias, scale=torch.tensor([10.0, 100.0]), shift=torch.tensor([1.0, -1.0]))
+    (tensor([[ 10., 200.]]), tensor([-0.5000]))
     """
     per_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)  # [G, O/G, K/G, kh*kw]
     s, h = (v.reshape(groups, 1, -1, 1) for v in (scale, shift))  # [K] -> [G, 1, K/G, 1]
@@ -46,6 +60,10 @@ def fold_output(
         bias: `[O]`.
         scale: `[O]`, one per output feature.
         shift: `[O]`.
+
+    >>> weight, bias = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
+    >>> fold_output(weight, bias, scale=torch.tensor([10.0]), shift=torch.tensor([1.0]))
+    (tensor([[10., 20.]]), tensor([6.]))
     """
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), scale * bias + shift  # [O] -> [O, 1, ...]
 
@@ -65,29 +83,45 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     Raises:
         ArgumentError: the model is in training mode, where a BatchNorm is no affine map.
         FoldError: a folded weight would not be finite in the model's dtype, or a weight is shared.
+
+    >>> model = timm.create_model("test_vit").eval()
+    >>> swapped = normswap.swap_norms(model)
+    >>> [isinstance(fold_norms(m).norm, nn.Identity) for m in (swapped, model)]
+    [True, False]
     """
-    norms = batch_norms(model)
-    if any(norm.training for norm in norms.values()):
+    if any(norm.training for norm in batch_norms(model).values()):
         raise ArgumentError("fold in eval mode only: call model.eval() first")
     if not inplace:
         model = copy.deepcopy(model)
-    if not norms:
-        return model
     norms = batch_norms(model)
+    if norms:
+        verdicts = _judged(model, norms, input_size)
+        ledger = _Ledger(model, norms)
+        for path, verdict in verdicts.items():  # in the order they run: a norm may take on what comes before it
+            ledger.post(path, verdict)
+        ledger.commit()
+        _clear_away(model, norms, verdicts, ledger)
+    return model
+
+
+def _judged(
+    model: nn.Module, norms: dict[str, TokenBatchNorm], input_size: tuple[int, int, int] | None
+) -> dict[str, Verdict]:
+    """Return what becomes of each norm, in the order in which they run."""
     shadow = meta_copy(model).eval()
     example = example_batch(shadow, resolve_input_size(model, input_size))
-    graph = ModelGraph(shadow, example, tied_names(model))
-    verdicts = judge_norms(graph, list(norms))
-    ledger = _Ledger(model, norms)
-    for path, verdict in verdicts.items():  # in the order they run: a norm may take on what comes before it
-        ledger.post(path, verdict)
-    ledger.commit()
+    return judge_norms(ModelGraph(shadow, example, tied_names(model)), list(norms))
+
+
+def _clear_away(
+    model: nn.Module, norms: dict[str, TokenBatchNorm], verdicts: dict[str, Verdict], ledger: "_Ledger"
+) -> None:
+    """Put what is left of each norm in its place, and plain layers in the place of those that ended in a norm."""
     for path, norm in norms.items():
         model.set_submodule(path, _remainder(norm, verdicts[path], *ledger.affines[path]))
     for path, module in list(model.named_modules()):
         if isinstance(module, NormedLinear | NormedConv2d) and isinstance(module.norm, nn.Identity):
             model.set_submodule(path, detach_norm(module))
-    return model
 
 
 def created_biases(before: nn.Module, after: nn.Module) -> list[str]:

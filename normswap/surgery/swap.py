@@ -31,6 +31,10 @@ def swap_norms(
     Raises:
         ArgumentError: unknown ``ffn_bn``, or a plan of another model.
         NoLayerNormError, ModelRefusedError: from `make_plan`.
+
+    >>> swapped = swap_norms(timm.create_model("test_vit"))
+    >>> type(swapped.norm).__name__, type(swapped.blocks[0].mlp.fc1).__name__
+    ('TokenBatchNorm', 'NormedLinear')
     """
     if ffn_bn not in FFN_BN:
         raise ArgumentError(f"`ffn_bn` must be one of {', '.join(FFN_BN)}, not {ffn_bn!r}")
