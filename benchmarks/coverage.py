@@ -276,9 +276,9 @@ def main() -> int:
         f"Written by `python benchmarks/coverage.py` on {now}, {platform.machine()} with "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, "
         f"normswap {normswap.__version__}.",
-        "The smallest architecture of each file is converted twice, with random weights: with random statistics in every",
-        f"BatchNorm, and calibrated on {IMAGES} random images (`--method reconstruct`). Both are folded; the second is saved",
-        "and loaded again. The [glossary](glossary.md#plan-and-fold) explains the verdicts.",
+        "The smallest architecture of each file is converted twice, with random weights: with random statistics in",
+        f"every BatchNorm, and calibrated on {IMAGES} random images (`--method reconstruct`). Both are folded; the",
+        "second is saved and loaded again. The [glossary](glossary.md#plan-and-fold) explains the verdicts.",
         "",
         *lines,
     ]
