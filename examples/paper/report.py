@@ -303,8 +303,8 @@ order of images. The range is over runs. A mean under {SAME} points is called "n
 ## Inference
 
 The model of {titles[0]} with LayerNorm, with BatchNorm (pre-act) folded by `normswap.fold_norms`, and built without
-any norm, which is the bound. The models are timed round-robin in one process with one thread, in eager float32 on random
-images. The table shows the median of the times, and the median (range) over rounds of the ratio within a round. A ratio
+any norm, which is the bound. The models are timed round-robin in one process with one thread, in eager float32 on
+random images. The table shows the median of the times, and the median (range) over rounds of the ratio within a round. A ratio
 over 1 means faster than LayerNorm.
 
 {speed_table(inference)}
@@ -317,8 +317,8 @@ matrix product weighs more here than in a deployed model.
 {recipes}
 
 - BatchNorm: inserted by `normswap.swap_norms` in place of the attention, FFN and final norms, all freshly initialised
-  (weight 1, bias 0, eps 1e-5, momentum 0.1). Trained with the batch's statistics over images and tokens, tested with the
-  running ones.
+  (weight 1, bias 0, eps 1e-5, momentum 0.1). Trained with the batch's statistics over images and tokens, tested with
+  the running ones.
 - Crashed: a loss or a gradient is not finite; the run ends there, without an accuracy. Diverged: the run ends with a
   training loss (mean over its last updates) over ln(10) = {math.log(10):.3f}, or with chance-level top-1. A crashed run
   does not also count as diverged.
