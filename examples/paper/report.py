@@ -304,8 +304,8 @@ order of images. The range is over runs. A mean under {SAME} points is called "n
 
 The model of {titles[0]} with LayerNorm, with BatchNorm (pre-act) folded by `normswap.fold_norms`, and built without
 any norm, which is the bound. The models are timed round-robin in one process with one thread, in eager float32 on
-random images. The table shows the median of the times, and the median (range) over rounds of the ratio within a round. A ratio
-over 1 means faster than LayerNorm.
+random images. The table shows the median of the times, and the median (range) over rounds of the ratio within a
+round. A ratio over 1 means faster than LayerNorm.
 
 {speed_table(inference)}
 
