@@ -143,14 +143,14 @@ def findings(records: Iterable[dict[str, Any]]) -> list[str]:
             names["off"].append(f"{name} ({gain(fused['ratio_to_bound'])} %)")
 
     def listed(what: str) -> str:
-        return f": {'; '.join(names[what])}" if names[what] else ""
+        return ":" + "".join(f"\n  - {name}" for name in names[what]) if names[what] else "."
 
     return [
         f"- {total} cases were measured. The fused model is faster than the original by more than the spread in "
         f"{len(names['faster'])}.",
-        f"- In {len(names['drowned'])} the gain is no larger than the noise and proves nothing{listed('drowned')}.",
-        f"- In {len(names['slower'])} the fused model is measurably slower than the original{listed('slower')}.",
-        f"- In {len(names['off'])} the fused model is measurably slower than the norm-free bound{listed('off')}.",
+        f"- In {len(names['drowned'])} the gain is no larger than the noise and proves nothing{listed('drowned')}",
+        f"- In {len(names['slower'])} the fused model is measurably slower than the original{listed('slower')}",
+        f"- In {len(names['off'])} the fused model is measurably slower than the norm-free bound{listed('off')}",
     ]
 
 
