@@ -79,7 +79,7 @@ def measure(model: torch.nn.Module, recorded: Recorded, images: torch.Tensor, ev
 def table(rows: list[dict]) -> str:
     """Return the rows as Markdown, the mean over the seeds and their spread."""
     lines = [
-        "| method | images | seeds | top-1 % | lost points | same answer % | KL | worst KL | cost in passes |",
+        "| method | images | seeds | top-1 (%) | lost points | top-1 agreement (%) | KL | worst KL | cost in passes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, int, int], list[dict]] = {}

@@ -217,8 +217,8 @@ def _short(reason: str) -> str:
 def document(results: list[Result], parts: Iterable[str]) -> str:
     """Return docs/coverage.md."""
     rows = [
-        "| model file | smallest model | million parameters | pixels | LayerNorms | folded forward | folded backward "
-        "| affine | kept | fold error, random | fold error, calibrated | plain timm loads it | seconds |",
+        "| model file | smallest model | parameters (M) | pixels | LayerNorms | folded forward | folded backward "
+        "| affine | kept | fold error, random | fold error, calibrated | loads in plain timm | seconds |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
     ]
     for r in results:
@@ -232,7 +232,9 @@ def document(results: list[Result], parts: Iterable[str]) -> str:
     reasons += [f"| {r.file} | {n} | {why} |" for r in results for why, n in r.reasons.most_common()]
     failed = [f"| {r.file} | {r.model} | {r.error} |" for r in results if r.error]
     failures = ["## Failures", "", "| model file | model | error |", "|---|---|---|", *failed, ""] if failed else []
-    return "\n".join([*parts, "", *failures, "## Every file", "", *rows, "", "## What is not folded", "", *reasons, ""])
+    return "\n".join(
+        [*parts, "", *failures, "## Every file", "", *rows, "", "## LayerNorms that are not folded", "", *reasons, ""]
+    )
 
 
 def summary(results: list[Result]) -> list[str]:
@@ -247,8 +249,8 @@ def summary(results: list[Result]) -> list[str]:
     return [
         f"- {len(good)} of {len(results)} model files convert, calibrate, fold, save and load without error",
         f"- {total} LayerNorms: {folded} folded ({100 * folded / max(total, 1):.1f} %: {kinds[FOLD_FORWARD]} forward, "
-        f"{kinds[FOLD_BACKWARD]} backward), {kinds[AFFINE]} stay a scale and shift, {kinds[KEEP]} are kept",
-        f"- {len(wrong)} wrong folds; largest difference of fused and unfused "
+        f"{kinds[FOLD_BACKWARD]} backward), {kinds[AFFINE]} remain as a scale and shift, {kinds[KEEP]} are kept",
+        f"- {len(wrong)} wrong folds; the largest difference between fused and unfused is "
         f"{max((r.random for r in good), default=0.0):.0e} of the largest output with random statistics, "
         f"{max((r.calibrated for r in good), default=0.0):.0e} after calibration, both in float64",
         f"- {sum(r.stock for r in good)} of the folders load in plain timm, the others with `normswap.load`",
@@ -271,11 +273,12 @@ def main() -> int:
     parts = [
         "# Every timm model file with LayerNorm",
         "",
-        f"Made by `python benchmarks/coverage.py` on {now}, {platform.machine()} with "
+        f"Written by `python benchmarks/coverage.py` on {now}, {platform.machine()} with "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, "
         f"normswap {normswap.__version__}.",
-        "The smallest architecture of each file, with random weights. First with random statistics in every BatchNorm,",
-        f"then calibrated on {IMAGES} random images (`--method reconstruct`), folded, saved and loaded again.",
+        "The smallest architecture of each file is converted twice, with random weights: with random statistics in",
+        f"every BatchNorm, and calibrated on {IMAGES} random images (`--method reconstruct`). Both are folded; the",
+        "second is saved and loaded again. The [glossary](glossary.md#plan-and-fold) explains the verdicts.",
         "",
         *lines,
     ]

@@ -149,7 +149,7 @@ def settings_of(row: dict) -> dict[str, str]:
 
 def results_of(row: dict) -> dict[str, str]:
     """Return what came out, as the columns of a table."""
-    names = ("original %", "top-1 % before, after", "same answer % before, after", "KL before, after")
+    names = ("original (%)", "top-1 (%) before, after", "top-1 agreement (%) before, after", "KL before, after")
     if "stopped" in row:
         cells = ["-", f"{row['top1_before']:.2f}, -", f"{row['agreement_before']:.2f}, -", "-"]
         return {"steps": "-", **dict(zip(names, cells, strict=True)), "KL held out before, after": "-", "taken": "NaN"}

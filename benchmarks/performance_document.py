@@ -69,7 +69,7 @@ def machine_table(records: list[dict[str, Any]]) -> list[str]:
     dates = sorted({record["date"] for record in records})
     shared = " The machine was shared with other programs." if any(record["shared"] for record in records) else ""
     clock = {
-        "cpu": "CPU time of the process, which other programs on the core do not change much",
+        "cpu": "CPU time of the process, on which other programs on the core have little influence",
         "wall": "wall clock",
     }.get(settings["clock"], settings["clock"])
     device = "CPU" if settings["device"] == "cpu" else settings["device"]
@@ -81,8 +81,8 @@ def machine_table(records: list[dict[str, Any]]) -> list[str]:
         f"torch {versions['torch']}, timm {versions['timm']}; {' or '.join(map(str, rounds))} rounds, clock: {clock}."
         f"{shared}",
         "",
-        "| model | engine | batch | original ms | fused ms | norm-free ms | fused, % more images/s (quartiles) "
-        "| norm-free, % more | fused against norm-free, % | two copies of the original, % | MiB original | MiB fused |",
+        "| model | engine | batch | original, ms | fused, ms | norm-free, ms | gain of fused, % (quartiles) "
+        "| gain of norm-free, % | fused against norm-free, % | copy of the original, % | original, MiB | fused, MiB |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         *map(case_row, sorted(records, key=order)),
         "",
@@ -143,35 +143,37 @@ def findings(records: Iterable[dict[str, Any]]) -> list[str]:
             names["off"].append(f"{name} ({gain(fused['ratio_to_bound'])} %)")
 
     def listed(what: str) -> str:
-        return f": {'; '.join(names[what])}" if names[what] else ""
+        return ":" + "".join(f"\n  - {name}" for name in names[what]) if names[what] else "."
 
     return [
-        f"- {total} cases were measured. Fused is faster than the original by more than the spread in "
+        f"- {total} cases were measured. The fused model is faster than the original by more than the spread in "
         f"{len(names['faster'])}.",
-        f"- In {len(names['drowned'])} the gain is no larger than the noise, so nothing is shown{listed('drowned')}.",
-        f"- In {len(names['slower'])} fused is slower than the original beyond the noise{listed('slower')}.",
-        f"- In {len(names['off'])} fused is slower than the norm-free bound beyond the noise{listed('off')}.",
+        f"- In {len(names['drowned'])} the gain is no larger than the noise and proves nothing{listed('drowned')}",
+        f"- In {len(names['slower'])} the fused model is measurably slower than the original{listed('slower')}",
+        f"- In {len(names['off'])} the fused model is measurably slower than the norm-free bound{listed('off')}",
     ]
 
 
 ON_IMAGES = (
-    "Time can depend on the images. A converted model on noise, which no photo is like, may have attention so peaked",
-    "that its softmax gives denormal numbers, which many CPUs compute with several times slower: ONNX Runtime took",
-    "16.5 ms instead of 8.9 for 16 images of noise with the demo model, and 8.2 instead of 8.7 for 16 of its own",
-    "images (an experiment during development). PyTorch's kernels did not suffer. So `normswap benchmark` takes images",
-    "by `--data-dir`, and where they are random it lets denormal numbers count as zero, as",
-    "`torch.set_flush_denormal(True)` does for any program.",
+    "Time can depend on the images. On noise, which no photo resembles, the attention of a converted model can become",
+    "so peaked that its softmax gives denormal numbers, and many CPUs are several times slower with these. With the",
+    "demo model ONNX Runtime took 16.5 ms instead of 8.9 for 16 images of noise, and 8.2 instead of 8.7 for 16 of the",
+    "model's own images (an experiment during development). PyTorch's kernels did not slow down. `normswap benchmark`",
+    "therefore takes images with `--data-dir`; without it the images are random, and denormal numbers count as zero,",
+    "as with `torch.set_flush_denormal(True)` in any program.",
 )
 
 
 ON_GPU = (
-    "Fused against original, % more images per second, in float32 (TF32 off, torch's default) and with weights",
-    "and images in bfloat16. A ~ stands before a gain no larger than the noise. Each model had a process of its",
-    "own, `python benchmarks/performance.py --device cuda -m MODEL --rounds 10 --threads 2 --shared --lock FILE",
-    "--out FILE.md`; `--render --add FILE.json` put them together. While one was timed the others compiled and",
-    "made first steps, which all felt, compiled batches of 128 most: hence the wide spread of some. Eagerly every",
-    "LayerNorm is kernels of its own, which go; a compiler fuses them with what stands beside them, so less is",
-    "left to gain. Large batches in float32 wait for matrix products.",
+    "Fused against original, % more images per second, in float32 (TF32 off, torch's default) and with weights and",
+    "images in bfloat16. A ~ marks a gain no larger than the noise. Eagerly every LayerNorm runs kernels of its own,",
+    "and removing it removes them. A compiler fuses them with adjacent operators, so less can be gained. In float32",
+    "with large batches the matrix products dominate.",
+    "",
+    "Each model had a process of its own: `python benchmarks/performance.py --device cuda -m MODEL --rounds 10",
+    "--threads 2 --shared --lock FILE --out FILE.md`; `--render --add FILE.json` combined the results. While one model",
+    "was timed, the others compiled and ran their first steps. This disturbed all measurements, those of compiled",
+    "batches of 128 most, and explains the wide spread of some.",
 )
 
 
@@ -185,9 +187,9 @@ def real_table(record: dict[str, Any]) -> list[str]:
         f"{record['model']} at {record['img_size']} pixels, converted by `reconstruct`, on {settings['images']}; "
         f"{settings['threads']} thread(s), torch {versions['torch']}, timm {versions['timm']}, {settings['rounds']} "
         "rounds, clock: CPU time. `normswap benchmark -m ... --against local-dir:out --data-dir ... -b 1,16 "
-        "--threads 1 --clock cpu --json` printed it.",
+        "--threads 1 --clock cpu --json` measured it.",
         "",
-        "| engine | batch | original, ms | fused, ms | norm-free, ms | fused gains % | copy of the original % |",
+        "| engine | batch | original, ms | fused, ms | norm-free, ms | gain of fused, % | copy of the original, % |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for batch, engine in dict.fromkeys((batch, engine) for batch, engine, _ in rows):
@@ -213,18 +215,19 @@ def document(records: list[dict[str, Any]], real: dict[str, Any] | None) -> str:
         [
             "# Speed without LayerNorm",
             "",
-            "Made by `python benchmarks/performance.py`; each case is in `performance.json`. For a model of yours,",
-            "converted or not, there is `normswap benchmark`.",
+            "Written by `python benchmarks/performance.py`; `performance.json` holds each case. `normswap benchmark`",
+            "measures your own model, converted or not.",
             "",
-            "Four models have their turn one after the other in each round: the original, the fused one, the norm-free",
-            "bound (the same architecture with `norm_layer=torch.nn.Identity`, or every LayerNorm replaced by it where",
-            "timm does not take that) and a second copy of the original. Times are medians over the rounds. A gain is",
-            "that of images per second over the original's in the same round: median, quartiles in brackets. The copy",
-            "shows the noise. Equal models differ by where their weights lie in memory, so all are put elsewhere three",
-            "times on the way, which is in the spread. On a CPU glibc keeps freed memory: otherwise page faults, at",
-            "moments that depend on what ran before, cost some models more than others. Weights and images are random",
-            "where nothing else is said. Peak memory is that of the weights and activations of one step, without the",
-            "images.",
+            "The four models are timed round-robin: the original, the fused one, the norm-free bound (the same",
+            "architecture with `norm_layer=torch.nn.Identity`, or with every LayerNorm replaced by it if timm does",
+            "not accept that argument) and a second copy of the original, whose ratio shows the noise. Times are",
+            "medians over the rounds. A gain is the ratio of images per second to the original's in the same round:",
+            "median, quartiles in brackets.",
+            "",
+            "Equal models differ by the location of their weights in memory, so all weights are moved three times",
+            "during a measurement, and the spread includes this. On a CPU glibc is told to keep freed memory;",
+            "otherwise page faults would slow down some models more than others. Weights and images are random unless",
+            "stated otherwise. Peak memory is that of the weights and activations of one step, without the images.",
             "",
             *findings(records),
             *([f"- Not measured on any machine: {', '.join(missing)}."] if missing else []),
@@ -240,10 +243,10 @@ def document(records: list[dict[str, Any]], real: dict[str, Any] | None) -> str:
             *ON_GPU,
             "",
             *gpu_matrices(records),
-            "## What the fused models still compute beyond the bound",
+            "## What the fused models compute in addition to the norm-free bound",
             "",
             *(f"- {model}: {'; '.join(lines)}" for model, lines in different.items()),
-            *([] if different else ["Nothing: every LayerNorm was folded, no bias was added."]),
+            *([] if different else ["None: every LayerNorm was folded, and no bias was added."]),
             "",
             *(["## Notes", "", *(f"- {note}" for note in notes), ""] if notes else []),
         ]

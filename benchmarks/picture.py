@@ -22,7 +22,7 @@ def bars(calibration: dict, finetuning: dict) -> list[tuple[str, float, float]]:
     labels = {
         "moments": "mean and\nvariance\n(moments)",
         "channel": "affine by\nleast squares\n(channel)",
-        "reconstruct": "layers\nsolved again\n(reconstruct)",
+        "reconstruct": "adjacent\nlayers refitted\n(reconstruct)",
     }
     for method, label in labels.items():
         wanted = {"method": method, "images": 1500, "refine_steps": None}
@@ -52,7 +52,7 @@ def main(out: Path) -> None:
     places = range(len(found))
     for shift, index, name, colour in (
         (-0.2, 1, "top-1", "#0072b2"),
-        (0.2, 2, "same answer as the original", "#9aa5b1"),
+        (0.2, 2, "top-1 agreement with the original", "#9aa5b1"),
     ):
         drawn = axes.bar([p + shift for p in places], [row[index] for row in found], 0.38, label=name, color=colour)
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the dashed line stays behind the figures

@@ -21,37 +21,37 @@ SAME = 0.5  # points of top-1: a smaller difference of means is not called one
 Row = dict[str, Any]
 
 CLAIMS = (
-    "frequent crashes in training when BatchNorm just takes LayerNorm's place, blamed on the FFN",
+    "frequent crashes in training when BatchNorm simply replaces LayerNorm, attributed to the FFN",
     "a BatchNorm between the FFN's linear layers stabilises training",
     "as accurate as with LayerNorm",
     "about 20 % faster",
 )
 REPLICATION = (
     "BatchNorm only did not crash in 300 epochs",
-    "69.04 against 68.70 without it: +0.34 points. A bug had taken the biases of its FFNs, so it is a lower bound",
+    "69.04 against 68.70 without it: +0.34 points. A bug had removed the biases of its FFNs, so this is a lower bound",
     "LayerNorm 71.89, BatchNorm only 68.70 (-3.19), with FFN BatchNorm 69.04 (-2.85)",
-    "no figure known to us",
+    "no published figure found",
 )
 SOURCES = """\
 - Zhuliang Yao, Yue Cao, Yutong Lin, Ze Liu, Zheng Zhang, Han Hu: "Leveraging Batch Normalization for Vision
   Transformers", ICCV Workshops 2021, pp. 413-422,
   [abstract](https://openaccess.thecvf.com/content/ICCV2021W/NeurArch/html/Yao_Leveraging_Batch_Normalization_for_Vision_Transformers_ICCVW_2021_paper.html).
-  Only the abstract was at hand: it names neither the hardware of the 20 % nor whether the FFN's BatchNorm stands before
-  or after the activation, so both are here.
+  Only the abstract was available. It names neither the hardware of the 20 % nor the position of the FFN's BatchNorm,
+  before or after the activation, so both positions are tested here.
   [Notes by a reader](https://patrick-llgc.github.io/Learning-Deep-Learning/paper_notes/bn_ffn_bn.html) say that the
-  20 % is inference.
+  20 % refers to inference.
 - [zeyuanyin/BN-ViT](https://github.com/zeyuanyin/BN-ViT), unofficial, the only public replication found on ImageNet:
-  DeiT-T, 300 epochs, one run each, top-1 of the last epoch. It too replaces the final norm; its author suspects that
-  this is why nothing crashed. The FFN's BatchNorm stands before the activation there.
+  DeiT-T, 300 epochs, one run each, top-1 of the last epoch. It also replaces the final norm; its author suspects that
+  this is why nothing crashed. Its FFN BatchNorm comes before the activation.
 """
 LIMITS = """\
-- Small models, a few epochs of small data sets. DeiT on ImageNet for 300 epochs may behave otherwise, in both
-  directions: nothing here proves or refutes the paper at its own scale.
+- Small models and a few epochs on small data sets. DeiT on ImageNet for 300 epochs may behave differently, in either
+  direction: nothing here proves or refutes the paper at its own scale.
 - Few learning rates. None was tuned for any variant, and the best rate may differ between variants.
-- Few seeds, one of the photos: the ranges are of single runs, not confidence intervals.
-- Warm-up, float32 and AdamW may all keep crashes away: without them nothing was tried.
-- BatchNorm has running statistics with momentum 0.1 from one process.
-- Seconds per run are of a machine that did other work at the same time: they say nothing fine about training speed.
+- Few seeds, a single one for photos: the ranges are of single runs, not confidence intervals.
+- Warm-up, float32 and AdamW may all prevent crashes: nothing was tried without them.
+- BatchNorm's running statistics have momentum 0.1 and come from one process.
+- The machine did other work at the same time, so seconds per run are only a rough measure of training speed.
 """
 
 
@@ -141,8 +141,8 @@ def more_often(a: float, b: float) -> str:
 def table(runs: list[Row]) -> str:
     """Return one row per depth, learning rate and variant."""
     lines = [
-        "| depth | learning rate | variant | top-1 %, mean (range) | minus LayerNorm's, same seed | final loss "
-        "| crashed | diverged | largest gradient norm | s |",
+        "| depth | learning rate | variant | top-1 (%), mean (range) | difference from LayerNorm, same seed "
+        "| final loss | crashed | diverged | largest gradient norm | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for depth, lr, variant in product(distinct(runs, "depth"), distinct(runs, "lr"), NAMES):
@@ -287,39 +287,41 @@ def markdown(contents: list[dict[str, Any]]) -> str:
     what_came_out = "\n".join(section(content) for content in contents)
     recipes = "\n\n".join(f"On {title}:\n\n{recipe(content)}" for title, content in zip(titles, contents, strict=True))
     return f"""\
-# BatchNorm in a ViT from scratch: the claims of Yao et al. 2021, put to the test
+# BatchNorm in a ViT trained from scratch: a test of the claims of Yao et al. 2021
 
-Written by `python examples/paper/train.py --report` from the results in `examples/paper`, the sentences about results
-included. Do not edit.
+Written by `python examples/paper/train.py --report` from the results in `examples/paper`, including the sentences about
+results. Do not edit.
 
 ## Claims, the public replication, and this test
 
 {claims}
 
-A comparison is between runs of the same depth and seed, that is the same initial weights of the linear layers and the
-same order of images; the range is over runs. A mean under {SAME} points is called "no difference to speak of".
+Runs of the same depth and seed are compared, that is with the same initial weights of the linear layers and the same
+order of images. The range is over runs. A mean under {SAME} points is called "no difference to speak of".
 
 {what_came_out}
 ## Inference
 
-The model of {titles[0]} with LayerNorm, with BatchNorm (pre-act) folded away by `normswap.fold_norms`, and built
-with no norm at all, which is the bound. In turns, one process, one thread, eager float32, random images; median of the
-times, and median (range) over rounds of the ratio within a round. Over 1 means faster than LayerNorm.
+The model of {titles[0]} with LayerNorm, with BatchNorm (pre-act) folded by `normswap.fold_norms`, and built without
+any norm, which is the bound. The models are timed round-robin in one process with one thread, in eager float32 on
+random images. The table shows the median of the times, and the median (range) over rounds of the ratio within a
+round. A ratio over 1 means faster than LayerNorm.
 
 {speed_table(inference)}
 
-This says nothing about other models and machines: 64 channels and 17 tokens are few, so that whatever is not a matrix
-product weighs more here than in a model that is deployed.
+This does not carry over to other models and machines: 64 channels and 17 tokens are few, so everything that is not a
+matrix product weighs more here than in a deployed model.
 
 ## Recipe
 
 {recipes}
 
-- BatchNorm: `normswap.swap_norms`, attention, FFN and final norm, all fresh (weight 1, bias 0, eps 1e-5, momentum 0.1).
-  Trained on the batch's statistics over images and tokens, tested on the running ones.
-- Crashed: a loss or a gradient is not finite; the run ends there, without an accuracy. Diverged: it ends with a
-  training loss (mean over its last updates) over ln(10) = {math.log(10):.3f}, or with a top-1 near guessing. A run that
-  crashed does not count as diverged too.
+- BatchNorm: inserted by `normswap.swap_norms` in place of the attention, FFN and final norms, all freshly initialised
+  (weight 1, bias 0, eps 1e-5, momentum 0.1). Trained with the batch's statistics over images and tokens, tested with
+  the running ones.
+- Crashed: a loss or a gradient is not finite; the run ends there, without an accuracy. Diverged: the run ends with a
+  training loss (mean over its last updates) over ln(10) = {math.log(10):.3f}, or with chance-level top-1. A crashed run
+  does not also count as diverged.
 
 ## Limits
 
@@ -346,7 +348,7 @@ Python {env["python"]}.
 
 ![Top-1 by learning rate, variant and depth]({picture(content)})
 
-Mean and {many}, of the runs that did not crash. The gradient norm is each run's largest, the median over seeds.
+Mean and {many}, of the runs that did not crash. The gradient norm is the median over seeds of the largest in each run.
 
 {table(runs)}
 """
@@ -386,6 +388,6 @@ def recipe(content: dict[str, Any]) -> str:
   {model["embed_dim"]}, {model["num_heads"]} heads, depth {depths}, class token.
 - Training: {how["epochs"]} epochs, batches of {how["batch"]}, timm's AdamW with weight decay {how["weight_decay"]} (not
   on norms and biases), timm's cosine schedule to 0 after a warm-up over {how["warmup"]:.0%} of the updates. **No
-  gradient clipping**, no dropout, float32, cross-entropy. The last {how["last_updates"]} updates make the final loss;
-  top-1 under {how["min_top1"]:g} % is near guessing.
+  gradient clipping**, no dropout, float32, cross-entropy. The final loss is over the last {how["last_updates"]}
+  updates; top-1 under {how["min_top1"]:g} % counts as chance-level.
 - Learning rates {rates}; seeds {", ".join(str(seed) for seed in distinct(runs, "seed"))}."""
