@@ -20,8 +20,7 @@ from normswap.inputs.dataset import load_splits
 from normswap.planning.plan import keep_more, model_name
 from normswap.records.budget import BudgetRecord, SiteCost, Trial
 from normswap.records.report import versions
-from normswap.reporting.budget_tables import budget_line, budget_rows
-from normswap.search.budget import COLUMNS
+from normswap.reporting.budget_tables import BUDGET_COLUMNS, budget_line, budget_rows
 from normswap.search.sensitivity import site_costs
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "budget.json"
@@ -128,7 +127,7 @@ def show(method: str, record: dict) -> None:
     trade.costs = [SiteCost(**cost) for cost in record["budget"]["costs"]]
     trade.trials = [Trial(**trial) for trial in record["budget"]["trials"]]
     print(f"\n`{method}`: {budget_line(trade)}\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---:|' * 8}---|")
+    print(f"| {' | '.join(BUDGET_COLUMNS)} |\n|{'---:|' * 8}---|")
     for row in budget_rows(trade):
         print(f"| {' | '.join(row)} |")
     print(f"\nKept: {', '.join(record['kept']) or 'none'}")

@@ -167,3 +167,31 @@ def test_the_library_knows_nothing_of_the_command_line():
 )
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) < 400
+
+
+def _functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each function's name and its lines of code: without signature, docstring, comments and blank lines."""
+    source = path.read_text()
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.body[0].lineno - 1
+            code = [line.strip() for line in lines[start : node.end_lineno]]
+            yield node.name, sum(bool(line) and not line.startswith("#") for line in code)
+
+
+@pytest.mark.parametrize("folder", ["normswap", "cli", "benchmarks", "examples"])
+def test_functions_fit_a_screen(folder):
+    """Their complexity is held by ruff (C901)."""
+    found = [(path, *function) for path in (ROOT / folder).rglob("*.py") for function in _functions(path)]
+    assert found
+    assert [entry for entry in found if entry[2] > 60] == []
+
+
+def test_convert_takes_few_arguments():
+    (convert,) = [
+        node
+        for node in ast.parse((LIBRARY / "pipeline" / "convert.py").read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert len(convert.args.args) + len(convert.args.kwonlyargs) <= 10

@@ -22,7 +22,7 @@ def plot(runs: list[Row], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise click.ClickException('--report draws with matplotlib: pip install "normswap[report]"') from error
+        raise click.ClickException("--report draws with matplotlib: pip install matplotlib") from error
     rates, depths = distinct(runs, "lr"), distinct(runs, "depth")
     figure = Figure(figsize=(9, 4.5), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]

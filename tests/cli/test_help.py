@@ -98,7 +98,7 @@ for line in sys.argv[1:]:
         code = cli.main(line.split(), "normswap", standalone_mode=False) or 0
     except click.UsageError as error:
         code = error.exit_code
-    heavy = [name for name in ("torch", "timm", "normswap") if name in sys.modules]
+    heavy = [name for name in ("torch", "timm") if name in sys.modules]
     print(code, heavy, line, file=sys.stderr)
 """
     lines = {

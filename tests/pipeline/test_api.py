@@ -13,6 +13,7 @@ from torch import nn
 
 import normswap
 from normswap.demo import FOLDER, MODEL
+from normswap.pipeline.steps import Clock
 from normswap.surgery.swap import batch_norms
 
 from ..models import family, images
@@ -126,11 +127,41 @@ def test_wrong_arguments():
         normswap.convert(model, [])
 
 
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError, ArithmeticError, OSError])
-def test_errors_are_builtins_too(kind):
-    own = [e for e in vars(normswap).values() if isinstance(e, type) and issubclass(e, normswap.NormswapError)]
-    assert any(issubclass(e, kind) for e in own)
-    assert {e.exit_code for e in own} == {1, 2, 3, 4}
+ERRORS = {
+    "ArgumentError": (ValueError, 2),
+    "BenchmarkError": (RuntimeError, 1),
+    "CalibrationError": (ArithmeticError, 1),
+    "CheckFailedError": (AssertionError, 4),
+    "CheckpointError": (RuntimeError, 1),
+    "DataError": (RuntimeError, 1),
+    "FoldError": (ArithmeticError, 1),
+    "HubError": (OSError, 1),
+    "MissingExtraError": (ImportError, 1),
+    "ModelRefusedError": (ValueError, 3),
+    "NoLayerNormError": (ValueError, 3),
+    "OutputError": (OSError, 1),
+}
+
+
+def test_every_error_is_the_builtin_that_users_catch_and_has_its_exit_code():
+    public = {name for name in normswap.__all__ if name.endswith("Error")} - {"NormswapError"}
+    assert public == set(ERRORS)
+    for name, (builtin, code) in ERRORS.items():
+        error = getattr(normswap, name)("text")
+        assert isinstance(error, normswap.NormswapError), name
+        assert isinstance(error, builtin), name
+        assert (error.exit_code, str(error)) == (code, "text"), name
+
+
+def test_the_clock_takes_down_each_step(monkeypatch):
+    now = iter([10.0, 12.5, 20.0, 21.0])
+    monkeypatch.setattr("normswap.pipeline.steps.time.perf_counter", lambda: next(now))
+    clock = Clock(plan=1.0)
+    with clock("calibrate"):
+        pass
+    with clock("fold"):
+        pass
+    assert clock.seconds == {"plan": 1.0, "calibrate": 2.5, "fold": 1.0}
 
 
 def test_example_fold_by_hand(capsys):
