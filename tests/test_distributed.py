@@ -130,5 +130,5 @@ def test_torchrun_writes_and_prints_once(tmp_path):
 def test_torchrun_fails_in_one_line(tmp_path):
     done = _torchrun("convert", *DEMO, "--calib-samples", 1, "-o", tmp_path / "out")
     assert done.returncode != 0
-    assert len(re.findall(r"^Error: 2 processes want at least 2 batches", done.stderr, re.M)) == 1, done.stderr
+    assert len(re.findall(r"^Error: 2 processes need at least 2 batches", done.stderr, re.M)) == 1, done.stderr
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ def benchmark_models(
         progress: called with ("benchmark: what", turns done, turns in all).
 
     Raises:
-        ArgumentError: an invalid argument, or models that answer in different shapes.
+        ArgumentError: an invalid argument, or models with outputs of different shapes.
         NoLayerNormError, ModelRefusedError, CalibrationError, FoldError: without ``fused``, see `make_plan` and others.
         BenchmarkError: an engine cannot run a model.
         MissingExtraError: ONNX Runtime is not installed.
@@ -241,10 +241,10 @@ def _prepared(
             output = torch.as_tensor(runs[variant].step())  # compiles, builds, allocates
         shapes[variant] = tuple(output.shape)
         if not torch.isfinite(output).all():
-            notes.append(f"{variant}: its answers are not finite; it is timed all the same")
+            notes.append(f"{variant}: its outputs are not finite; it is timed all the same")
     if len(set(shapes.values())) > 1:
         answers = ", ".join(f"{variant} {list(shape)}" for variant, shape in shapes.items())
-        raise ArgumentError(f"the models answer in different shapes ({answers}): not the same architecture")
+        raise ArgumentError(f"outputs of different shapes ({answers}): not the same architecture")
     return runs
 
 

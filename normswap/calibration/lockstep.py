@@ -266,7 +266,7 @@ class Lockstep:
             if i % size == rank:
                 self.batches.append(_Progress(batch, self.lanes[batch.shape]))
         if self.count < size:
-            raise ArgumentError(f"{size} processes want at least {size} batches of images, these make {self.count}")
+            raise ArgumentError(f"{size} processes need at least {size} batches of images, these make {self.count}")
 
     @property
     def original(self) -> Lane:

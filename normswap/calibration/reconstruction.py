@@ -169,7 +169,7 @@ class Reconstruction:
             raise CalibrationError(f"{paths[0]}: sums are not finite: an image or a weight gives NaN or infinity there")
         rows, inputs = grams.seen, weight.shape[1]
         if not grams.enough(inputs):
-            need = f"{inputs} inputs want at least {ROWS_PER_INPUT * inputs} rows, these images give {rows}"
+            need = f"{inputs} inputs need at least {ROWS_PER_INPUT * inputs} rows, these images give {rows}"
             for path in paths:
                 self._keep(path, role, rows, need)
             return

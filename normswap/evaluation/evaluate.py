@@ -100,7 +100,7 @@ def evaluate_models(
             once if it is measured against again and again on the same batches.
 
     Raises:
-        ArgumentError: no images, or models that answer in different shapes.
+        ArgumentError: no images, or models with outputs of different shapes.
 
     >>> model = timm.create_model("test_vit", num_classes=3).eval()
     >>> images, labels = torch.zeros(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
@@ -129,7 +129,9 @@ def evaluate_models(
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
                 reference = logits if reference is None else reference
                 if logits.shape != reference.shape:
-                    raise ArgumentError(f"{name} answers {list(logits.shape)}, the reference {list(reference.shape)}")
+                    raise ArgumentError(
+                        f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"
+                    )
                 divergence = tallies[name].update(logits, reference, labels, classifier)
             if worst is not None and divergence is not None and reference is not None:
                 worst.update(images, divergence, reference, logits, labels)

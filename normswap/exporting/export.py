@@ -293,7 +293,9 @@ def _compare(
             expected = model(batch.to(weight)).double().flatten(1).cpu()  # [B, K], or [B, N, C] without a head
             found = _run(loaded, batch.cpu().to(dtype), static).double().flatten(1)
             if found.shape != expected.shape:
-                raise CheckFailedError(f"the graph answers {list(found.shape)}, the model {list(expected.shape)}")
+                raise CheckFailedError(
+                    f"the graph has outputs of shape {list(found.shape)}, the model {list(expected.shape)}"
+                )
             difference = float((found - expected).abs().max())
             worst = max(worst, math.inf if math.isnan(difference) else difference)
             same += int((found.argmax(1) == expected.argmax(1)).sum())

@@ -79,7 +79,7 @@ def finetune(
     check_images(images, weight, options, held_out is not None)
     pixels, labels = gather(images, weight)
     if len(pixels) < 2 and held_out is None:
-        raise ArgumentError(f"fine-tuning wants at least two images, there are {len(pixels)}")
+        raise ArgumentError(f"fine-tuning needs at least two images, there are {len(pixels)}")
     held = None if held_out is None else gather(held_out, weight)[0]
     if held is not None and held.shape[1:] != pixels.shape[1:]:
         raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
@@ -110,7 +110,7 @@ def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOpt
         free = 2 * default_budget()
         if like.device.type == "cpu" and need > free:
             gib = f"{need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-            what = f"{count} images of {list(images.input_size)} want {gib}"
+            what = f"{count} images of {list(images.input_size)} need {gib}"
             raise ArgumentError(f"{what}: fine-tune on fewer")
     elif isinstance(images, list):
         count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)

@@ -27,7 +27,7 @@ def hold_out(images: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
     counts = [len(gather([item], torch.empty(0))[0]) for item in items]
     total = sum(counts)
     if total < 2:
-        raise ArgumentError(f"fine-tuning wants at least two images, there are {total}")
+        raise ArgumentError(f"fine-tuning needs at least two images, there are {total}")
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: held_out_of(total)]] = True
     masks = chosen.split(counts)

@@ -91,7 +91,7 @@ class ImageSet:
         """Raise for labels that no class of the model has; a stream does not say beforehand how many it has."""
         if self.num_classes is not None and isinstance(self.dataset, Stream) and int(labels.max()) >= self.num_classes:
             raise DataError(
-                f"{self.description}: label {int(labels.max())}, and the model answers {self.num_classes} classes: "
+                f"{self.description}: label {int(labels.max())}, and the model has {self.num_classes} classes: "
                 f"give `class_map`, or `labels=False` to compare with the original only"
             )
 
@@ -241,7 +241,7 @@ def load_images(
     where = f"{dataset or root} ({split})" if dataset else str(root)
     if classes is not None and expected and classes != expected:
         raise DataError(
-            f"{where} has {classes} classes and the model answers {expected}: give `class_map`, or `labels=False` to "
+            f"{where} has {classes} classes and the model has {expected}: give `class_map`, or `labels=False` to "
             f"compare with the original only"
         )
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"

@@ -108,7 +108,7 @@ def test_no_images(tmp_path, model):
 
 
 def test_labels_must_fit(tmp_path, model):
-    with pytest.raises(DataError, match="5 classes and the model answers 10"):
+    with pytest.raises(DataError, match="5 classes and the model has 10"):
         load_images(model, _folder(tmp_path / "five", classes=5), "validation")
     assert load_images(model, tmp_path / "five", "validation", labels=False).num_classes is None
     flat = tmp_path / "flat"

@@ -81,7 +81,7 @@ def test_a_stream_must_say_how_long_it_is(shards, model):
 
 def test_labels_of_a_stream_are_checked_as_they_come(shards):
     few = load_model("test_vit", pretrained=False, checkpoint=None, num_classes=4, weights=False)
-    with pytest.raises(DataError, match=r"label \d, and the model answers 4 classes"):
+    with pytest.raises(DataError, match=r"label \d, and the model has 4 classes"):
         list(load_images(few, shards, "train", "wds/digits"))
     assert len(list(load_images(few, shards, "train", "wds/digits", labels=False))) == 1
 

@@ -52,7 +52,7 @@ def test_too_few_images_leave_every_layer_as_it_is(count):
     for fit in found.layers:
         wide = {"mlp.fc2": 192}.get(fit.layer.partition("blocks.")[2][2:], 48)
         rows = count if fit.layer == "head" else 5 * count
-        assert fit.reason == f"{wide} inputs want at least {wide} rows, these images give {rows}"
+        assert fit.reason == f"{wide} inputs need at least {wide} rows, these images give {rows}"
         assert (fit.samples, fit.r2, fit.penalty) == (rows, None, None)
     state = reconstructed.state_dict()
     assert all(torch.equal(state[key], value) for key, value in channel.state_dict().items())
@@ -110,7 +110,7 @@ def test_hard_images_on_the_command_line(tmp_path, digits, kind):
     assert len(kept) == {"one": 5, "copies": 1, "one colour": 1}[kind]  # 65 rows, and one for the head, an image
     assert f"kept       {len(kept)} of 17 layers kept their weights\n" in result.stderr
     shown = re.findall(
-        r"^kept +(\S+): (\d+ inputs want at least \d+ rows, these images give \d+)$", result.stderr, re.M
+        r"^kept +(\S+): (\d+ inputs need at least \d+ rows, these images give \d+)$", result.stderr, re.M
     )
     assert dict(shown) == dict(list(kept.items())[:3])
     card = (out / "README.md").read_text()
