@@ -241,7 +241,9 @@ def test_kill_and_resume_give_the_same_bits(tmp_path):
     done = torch.load(state, weights_only=True)["state"]["counts"][0]
     assert 3 <= done < 12
     # What a process killed while it writes leaves, whether or not this one was: the run that goes on tidies it up.
-    (tmp_path / f".b.state.normswap-{socket.gethostname()}-{process.pid}").write_bytes(b"half")
+    left = tmp_path / f".b.state.normswap-{socket.gethostname()}-{process.pid}"
+    left.mkdir(exist_ok=True)
+    (left / "b.state").write_bytes(b"half")
     of_another = tmp_path / f".b.state.normswap-elsewhere-{process.pid}"
     of_another.write_bytes(b"half")
     subprocess.run(command("b.state", "resume", "b.pt"), check=True, env=ONE_THREAD, cwd=root)
