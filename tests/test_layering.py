@@ -17,6 +17,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "tables": (),
     "distributed": (),
     "atomic": (),
+    "ambient": (),
     "layers": (),
     "model_utils": (),
     "records": ("provenance", "worst_images", "budget", "report"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, BenchmarkError, MissingExtraError, one_line
 from ..inputs.batches import rebatched
 from ..model_utils import resolve_input_size
@@ -22,6 +23,7 @@ from .timing import Clock, cpu_clock, cuda_clock, freed_memory_kept, steps_per_t
 from .variants import differences, norm_free, stand_in
 
 
+@known_context(own_precision=False)
 def benchmark_models(
     original: nn.Module,
     fused: nn.Module | None = None,

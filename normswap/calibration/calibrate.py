@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw, thawed
 from ..errors import ArgumentError, CalibrationError
 from ..inputs.batches import ImageBatches
 from ..layers import TokenBatchNorm
@@ -56,6 +57,7 @@ class _MapObserver(Observer):
         self.norm.set_affine(scale, shift)
 
 
+@known_context()
 @torch.no_grad()
 def calibrate(
     swapped: nn.Module,
@@ -91,6 +93,8 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     options.check()
+    thaw(swapped)
+    original = thawed(original)
     norms = batch_norms(swapped)
     sites = [path for path in norms if isinstance(find_module(original, path), nn.LayerNorm)]
     if not sites:

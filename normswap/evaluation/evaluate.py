@@ -9,6 +9,7 @@ from timm.utils import accuracy
 from torch import nn
 from torch.nn import functional
 
+from ..ambient import known_context
 from ..errors import ArgumentError
 from ..model_utils import eval_mode, has_classes
 from ..progress import Progress, no_progress
@@ -77,6 +78,7 @@ class _Tally:
         )
 
 
+@known_context()
 @torch.no_grad()
 def evaluate_models(
     models: Mapping[str, nn.Module],

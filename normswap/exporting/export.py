@@ -13,6 +13,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
+from ..ambient import known_context
 from ..atomic import check_file, new_file
 from ..errors import ArgumentError, CheckFailedError, first_line
 from ..inputs.batches import rebatched
@@ -97,6 +98,7 @@ class ExportReport:
         return plain(asdict(self))
 
 
+@known_context()
 def export_model(
     model: nn.Module,
     path: str | Path,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw, thawed
 from ..calibration.activation_store import default_budget
 from ..errors import ArgumentError
 from ..inputs.batches import gather
@@ -27,6 +28,7 @@ from .run_state import TrainingState
 from .trainer import Run, steps_per_epoch
 
 
+@known_context()
 def finetune(
     swapped: nn.Module,
     images: Iterable[Any],
@@ -75,6 +77,8 @@ def finetune(
     options.check()
     if resume and state is None:
         raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+    thaw(swapped)
+    original = thawed(original)
     weight = next(swapped.parameters())
     check_images(images, weight, options, held_out is not None)
     pixels, labels = gather(images, weight)

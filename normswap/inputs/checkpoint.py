@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, CheckpointError, ModelRefusedError, first_line
 
 
+@known_context()
 def load_model(
     model: str,
     pretrained: bool = False,

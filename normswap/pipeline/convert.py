@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ambient import known_context
 from ..calibration.options import CalibrationOptions
 from ..finetuning.options import FinetuneOptions
 from ..planning.options import FfnBn
@@ -16,6 +17,7 @@ from .options import EvaluationOptions, FinetuneStage
 from .steps import Request, calibrated, checked, finetuned, folded, measured, prepared
 
 
+@known_context()
 def convert(
     model: nn.Module,
     images: Iterable[Any],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
@@ -31,6 +32,7 @@ _RANDOM_IMAGES = 8
 _FOLD_IMAGES = 1024
 
 
+@known_context()
 def finetune_swapped(
     swapped: Swapped,
     original: nn.Module,
@@ -86,6 +88,7 @@ def finetune_swapped(
     report.evaluation_data = describe(evaluation, last[-1].n)
 
 
+@known_context()
 def fuse(
     swapped: Swapped,
     images: Iterable[Any] | None = None,

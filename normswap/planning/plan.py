@@ -15,6 +15,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, ModelRefusedError, NoLayerNormError
 from ..layers import TokenBatchNorm
 from ..model_utils import example_batch, meta_copy, pretrained_cfg, resolve_input_size, tied_names
@@ -114,6 +115,7 @@ class Plan:
         return "\n".join([text, *refused, self.summary()])
 
 
+@known_context()
 def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int, int, int] | None = None) -> Plan:
     """Return the plan for ``model``, which stays as it is; no memory is taken for weights.
 
