@@ -86,10 +86,17 @@ def test_a_context_is_given_back_after_an_error_too():
         for ambient in AMBIENT.values():
             stack.enter_context(ambient())
         before = _state()
-        with pytest.raises(ZeroDivisionError), known_context():
-            assert _state()[:5] == (False, True, False, torch.float32, torch.device("cpu"))
-            assert _state()[6:8] == (True, "highest")
-            _ = 1 / 0
+        inside = []
+
+        @known_context()
+        def fails() -> None:
+            inside.extend(_state())
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        assert inside[:5] == [False, True, False, torch.float32, torch.device("cpu")]
+        assert inside[6:8] == [True, "highest"]
         assert _state() == before
 
 
@@ -110,9 +117,7 @@ def test_the_single_steps_are_those_from_outside(name, tmp_path):
         fused = normswap.fold_norms(found)
         (_, stage) = normswap.evaluate_models({"original": model, "fused": fused}, [x])
         report = normswap.export_model(fused, folder / "model.pt2", format="pt2")
-        timed = normswap.benchmark_models(model, fused, rounds=3)
         numbers = [stage.kl, tuning.kl_before, tuning.kl_after, report.comparison.max_abs_diff]
-        assert timed.settings["precision"] == "float32"
         with known_context():
             return _bits(fused) | {"numbers": torch.tensor(numbers, dtype=torch.float64)}
 
@@ -123,6 +128,15 @@ def test_the_single_steps_are_those_from_outside(name, tmp_path):
     with AMBIENT[name]():
         found = steps(tmp_path / "inside")
     _assert_same(found, wanted)
+
+
+def test_a_benchmark_keeps_the_precision_it_is_to_time(monkeypatch):
+    monkeypatch.setattr("normswap.benchmarking.benchmark.warm_up", lambda step, clock: 1.0)
+    monkeypatch.setattr("normswap.benchmarking.benchmark.steps_per_turn", lambda *_, **__: 1)
+    model = family("vit")
+    with torch.inference_mode(), torch.autocast("cpu"), AMBIENT["matmul_precision"](), AMBIENT["default_dtype"]():
+        settings = normswap.benchmark_models(model, rounds=3).settings
+    assert (settings["precision"], settings["amp_dtype"], settings["float32_matmul"]) == ("float32", None, "medium")
 
 
 @pytest.mark.parametrize("name", ["inference_mode", "default_dtype", "default_device"])

@@ -16,7 +16,7 @@ from torch import nn
 from ..ambient import known_context
 from ..atomic import check_file, new_file
 from ..errors import ArgumentError, CheckFailedError, first_line
-from ..inputs.batches import rebatched
+from ..inputs.batches import checked, rebatched
 from ..inputs.dataset import describe
 from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg, resolve_input_size
 from ..planning.graph import export_program
@@ -156,7 +156,7 @@ def export_model(
     check_export(path, format, dtype, overwrite)
     atol = ATOL[dtype] if atol is None else atol
     _check_arguments(format, dtype, static, atol, images, int8_images)
-    source = _random(resolve_input_size(model)) if images is None else list(images)
+    source = _random(resolve_input_size(model)) if images is None else list(checked(images))
     batches = list(rebatched(source, _BATCH))
     if not batches:
         raise ArgumentError("no images to compare the graph on")

@@ -17,7 +17,7 @@ from torch import nn
 from ..ambient import known_context, thaw, thawed
 from ..calibration.activation_store import default_budget
 from ..errors import ArgumentError
-from ..inputs.batches import gather
+from ..inputs.batches import checked, gather
 from ..inputs.dataset import ImageSet
 from ..model_utils import eval_mode
 from ..progress import Progress, no_progress
@@ -117,7 +117,7 @@ def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOpt
             what = f"{count} images of {list(images.input_size)} need {gib}"
             raise ArgumentError(f"{what}: fine-tune on fewer")
     elif isinstance(images, list):
-        count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)
+        count = sum(len(batch) for batch, _ in checked(images))
     else:
         return
     if count > 1:  # that one is not enough is said where they are read
