@@ -21,7 +21,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "layers": (),
     "model_utils": (),
     "records": ("provenance", "worst_images", "budget", "report"),
-    "inputs": ("forms", "batches", "checkpoint", "stream", "dataset"),
+    "inputs": ("forms", "batches", "shards", "checkpoint", "stream", "dataset"),
     "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
     "surgery": ("swap", "fold"),
     "evaluation": ("worst_images", "evaluate"),
