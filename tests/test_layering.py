@@ -20,6 +20,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "ambient": (),
     "layers": (),
     "model_utils": (),
+    "module_state": (),
     "records": ("provenance", "worst_images", "budget", "report"),
     "inputs": ("forms", "batches", "shards", "checkpoint", "stream", "dataset"),
     "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
@@ -60,7 +61,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "outputs": ("options", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
-    "pipeline": ("open_model", "options", "conversion", "checks", "steps", "convert", "from_swapped"),
+    "pipeline": ("open_model", "options", "conversion", "checks", "first_look", "steps", "convert", "from_swapped"),
     "demo": (),
 }
 ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]

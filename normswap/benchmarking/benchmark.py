@@ -15,6 +15,7 @@ from ..ambient import known_context
 from ..errors import ArgumentError, BenchmarkError, MissingExtraError, one_line
 from ..inputs.batches import rebatched
 from ..model_utils import resolve_input_size
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from .engines import Runnable, check_engine, denormals_as_zero, prepare, workplace
 from .options import CLOCKS, CPU, DEFAULT_ROUNDS, EAGER, ENGINES, FEWEST_ROUNDS, WALL
@@ -86,6 +87,8 @@ def benchmark_models(
     >>> [timing.variant for timing in result.timings]
     ['original', 'fused', 'norm-free', 'original again']
     """
+    check_state(original)
+    check_weights(original)
     weight = next(original.parameters())
     target = torch.device(device) if device is not None else weight.device
     _check(batch_sizes, engines, rounds, target, clock)

@@ -16,6 +16,7 @@ from ..errors import ArgumentError, CalibrationError
 from ..inputs.batches import ImageBatches
 from ..layers import TokenBatchNorm
 from ..model_utils import eval_mode, find_module
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Calibration
 from ..surgery.swap import batch_norms
@@ -93,6 +94,8 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     options.check()
+    check_state(original)
+    check_weights(original, swapped)
     thaw(swapped)
     original = thawed(original)
     norms = batch_norms(swapped)

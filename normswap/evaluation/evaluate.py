@@ -13,6 +13,7 @@ from ..ambient import known_context
 from ..errors import ArgumentError
 from ..inputs.batches import checked
 from ..model_utils import eval_mode, has_classes, single_output
+from ..module_state import check_weights
 from ..progress import Progress, no_progress
 from ..records.report import StageMetrics
 from .worst_images import WorstImages
@@ -112,6 +113,7 @@ def evaluate_models(
     >>> same.name, same.n, same.agreement, same.kl
     ('copy', 4, 100.0, 0.0)
     """
+    check_weights(*models.values())
     tallies = {name: _Tally() for name in models}
     first = next(iter(models.values()))
     weight = next(first.parameters())

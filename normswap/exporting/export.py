@@ -19,6 +19,7 @@ from ..errors import ArgumentError, CheckFailedError, first_line
 from ..inputs.batches import checked, rebatched
 from ..inputs.dataset import describe
 from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg, resolve_input_size
+from ..module_state import check_state, check_weights
 from ..planning.graph import export_program
 from ..progress import Progress, no_progress
 from ..records.report import plain, versions
@@ -152,6 +153,8 @@ def export_model(
     >>> report.comparison.max_abs_diff, len(report.layer_norms)
     (0.0, 13)
     """
+    check_state(model)
+    check_weights(model)
     path = Path(path)
     check_export(path, format, dtype, overwrite)
     atol = ATOL[dtype] if atol is None else atol

@@ -20,6 +20,7 @@ from ..errors import ArgumentError
 from ..inputs.batches import checked, gather
 from ..inputs.dataset import ImageSet
 from ..model_utils import eval_mode
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Finetuning
 from .holdout import held_out_of
@@ -77,6 +78,8 @@ def finetune(
     options.check()
     if resume and state is None:
         raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+    check_state(swapped)
+    check_weights(original, swapped)
     thaw(swapped)
     original = thawed(original)
     weight = next(swapped.parameters())

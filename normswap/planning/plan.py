@@ -19,6 +19,7 @@ from ..ambient import known_context
 from ..errors import ArgumentError, ModelRefusedError, NoLayerNormError
 from ..layers import TokenBatchNorm
 from ..model_utils import example_batch, meta_copy, pretrained_cfg, resolve_input_size, tied_names
+from ..module_state import check_state
 from ..tables import render, table
 from .channels import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow
 from .ffn import Ffn, find_ffns
@@ -136,6 +137,7 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     ('blocks.1.norm1', 'fold-forward', ['blocks.1.attn.qkv'])
     """
     start = time.perf_counter()
+    check_state(model)
     size = resolve_input_size(model, input_size)
     shadow = meta_copy(model).eval()
     graph = ModelGraph(shadow, example_batch(shadow, size), tied_names(model))

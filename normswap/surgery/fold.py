@@ -24,6 +24,7 @@ from ..ambient import known_context, thaw
 from ..errors import ArgumentError, FoldError
 from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
 from ..model_utils import example_batch, find_tensor, meta_copy, resolve_input_size, tied_names
+from ..module_state import check_state, check_weights
 from ..planning.foldability import KEEP, Target, Verdict
 from ..planning.graph import ModelGraph
 from ..planning.plan import judge_norms
@@ -93,6 +94,8 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     """
     if any(norm.training for norm in batch_norms(model).values()):
         raise ArgumentError("fold in eval mode only: call model.eval() first")
+    check_state(model)
+    check_weights(model)
     if inplace:
         thaw(model)
     else:

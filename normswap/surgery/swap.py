@@ -9,6 +9,7 @@ from ..ambient import known_context, thaw
 from ..errors import ArgumentError
 from ..layers import TokenBatchNorm, TokenBatchNorm2d, attach_norm
 from ..model_utils import find_module
+from ..module_state import check_state
 from ..planning.options import FFN_BN, FfnBn
 from ..planning.plan import Plan, make_plan
 
@@ -40,6 +41,7 @@ def swap_norms(
     """
     if ffn_bn not in FFN_BN:
         raise ArgumentError(f"`ffn_bn` must be one of {', '.join(FFN_BN)}, not {ffn_bn!r}")
+    check_state(model)
     plan = plan or make_plan(model)
     for site in plan.swapped_sites:
         if not isinstance(find_module(model, site.path), nn.LayerNorm):
