@@ -81,7 +81,7 @@ def _made_weight(path: str, module: nn.Module) -> str | None:
                 f"torch.nn.utils.remove_{kind}(module, {hook.name!r})"
             )
     for name, parameter in module._parameters.items():
-        if nn.parameter.is_lazy(parameter):
+        if parameter is not None and nn.parameter.is_lazy(parameter):
             return f"{_joined(path, name)} has no shape yet: run the model once first"
         if parameter is None and isinstance(vars(module).get(name), torch.Tensor):
             return f"{_joined(path, name)} is a plain tensor where a parameter should be: make it an nn.Parameter"

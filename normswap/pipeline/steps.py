@@ -187,17 +187,17 @@ def prepared(request: Request) -> Work:
 
 def _looked_at(request: Request, model: nn.Module) -> Request:
     """Return the request after a look at the first batch of everything in it; iterators in it have lost nothing."""
-    look, stage = FirstLook(model), request.finetune
-    eval_images, own = request.eval_images, request.eval_images is None
+    look, stage, eval_images = FirstLook(model), request.finetune, request.eval_images
+    own = eval_images is None
     if eval_images is not None:
         eval_images, _ = look.at(eval_images, "`eval_images`", labels=True)
     wanted = stage is not None and stage.options.labels > 0
+    trained_on = stage is not None and stage.images is None
+    images, size = look.at(request.images, "`images`", own or (wanted and trained_on), wanted and trained_on)
     if stage is not None and stage.images is not None:
         training, size = look.at(stage.images, "`images` of the fine-tuning", wanted, wanted)
         stage = replace(stage, images=training)
-    images, calibration_size = look.at(request.images, "`images`", own or wanted, wanted and stage.images is None)
     if stage is not None and stage.held_out is not None:
-        size = calibration_size if stage.images is None else size
         held_out, other = look.at(stage.held_out, "`held_out`")
         if other != size:
             raise ArgumentError(f"images of {list(size)}, but held out are some of {list(other)}")

@@ -145,6 +145,9 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
         raise ModelRefusedError("the model is itself a LayerNorm; there is nothing around it to fold into")
     if len(graph.outputs()) != 1:
         raise ModelRefusedError(f"{model_name(model)}: gives {len(graph.outputs())} values, not one tensor to compare")
+    if graph.container is not None:
+        wrap = "wrap it in a module whose forward returns the logits alone"
+        raise ModelRefusedError(f"{model_name(model)}: answers with a {graph.container}, not with one tensor: {wrap}")
     paths = _layer_norms(graph)
     if not paths:
         raise NoLayerNormError(_nothing_to_swap(model))

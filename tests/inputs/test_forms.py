@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import normswap
 from normswap.inputs.batches import BATCH_SIZE, ImageBatches, checked, gather, rebatched
+from normswap.records.report import ConversionReport
 
 from ..models import family, images
 
@@ -147,33 +148,31 @@ def test_an_image_without_a_transform_says_so():
 
 
 @pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset", "one-hot, single"])
-def test_the_entry_points_take_them(form, tmp_path, monkeypatch):
-    """Each gives what it gives for pairs of tensors."""
+def test_convert_and_finetune_take_them(form):
+    make = WITH_LABELS[form]
+    options = normswap.CalibrationOptions(method="channel")
+    stage = normswap.FinetuneStage(normswap.FinetuneOptions(batch_size=16, labels=0.5), make(), make())
+    report = normswap.convert(family("vit"), make(), eval_images=make(), calibration=options, finetune=stage).report
+    assert (report.calib_samples, report.finetuning.images, report.finetuning.held_out) == (COUNT, COUNT, COUNT)
+    assert all(stage.n == COUNT and stage.top1 is not None for stage in report.stages)
+
+
+@pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset", "one-hot, single"])
+def test_the_other_entry_points_take_them(form, tmp_path, monkeypatch):
     monkeypatch.setattr("normswap.benchmarking.benchmark.warm_up", lambda step, clock: 1.0)
     monkeypatch.setattr("normswap.benchmarking.benchmark.steps_per_turn", lambda *_, **__: 1)
-    model = family("vit")
-    options = normswap.CalibrationOptions(method="channel")
-    tuning = normswap.FinetuneOptions(batch_size=8, labels=0.5)
-    make = WITH_LABELS[form]
-
-    def results(make, folder):
-        folder.mkdir()
-        stage = normswap.FinetuneStage(tuning, make(), make())
-        result = normswap.convert(model, make(), eval_images=make(), calibration=options, finetune=stage)
-        parted = normswap.convert(model, make(), calibration=options, finetune=tuning).report
-        swapped = normswap.Swapped(result.swapped, model, result.plan, result.report)
-        fused = normswap.fuse(swapped, make(), original=model)
-        (stage_,) = normswap.evaluate_models({"fused": fused.model}, make())
-        exported = normswap.export_model(fused.model, folder / "model.pt2", make(), "pt2")
-        timed = normswap.benchmark_models(model, fused.model, images=make(), rounds=3)
-        stages = [*result.report.stages, *parted.stages, *fused.report.stages, stage_]
-        return stages, parted.finetuning.images, exported.comparison, timed.settings["images"]
-
-    stages, *others = results(make, tmp_path / "a")
-    wanted, *wanted_others = results(lambda: [(PIXELS, LABELS)], tmp_path / "b")
-    assert others[:2] == wanted_others[:2]
-    assert [(s.name, s.n, s.top1) for s in stages] == [(s.name, s.n, s.top1) for s in wanted]
-    assert all(s.top1 is not None for s in stages)
+    model, make = family("vit"), WITH_LABELS[form]
+    swapped = normswap.swap_norms(model)
+    normswap.calibrate(swapped, make(), model, normswap.CalibrationOptions(method="channel"))
+    report = ConversionReport("vit", "vit", "channel", "pre-act", COUNT, {})
+    fused = normswap.fuse(normswap.Swapped(swapped, model, normswap.make_plan(model), report), make(), original=model)
+    (measured,) = normswap.evaluate_models({"fused": fused.model}, make())
+    assert (fused.report.stages[-1].n, measured.n) == (COUNT, COUNT)
+    assert fused.report.stages[-1].top1 == pytest.approx(measured.top1)
+    exported = normswap.export_model(fused.model, tmp_path / "model.pt2", make(), "pt2")
+    assert exported.comparison.n == COUNT
+    timed = normswap.benchmark_models(model, fused.model, images=make(), rounds=3, batch_sizes=(2,))
+    assert timed.settings["images"] == "2 images"
 
 
 def test_labels_beyond_the_models_classes_are_refused():
