@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, ModelRefusedError, first_line
 from ..inputs.batches import checked
 from ..inputs.dataset import ImageSet
 from ..model_utils import eval_mode, has_classes, single_output
@@ -34,8 +34,8 @@ class FirstLook:
             needed: whether they must have some.
 
         Raises:
-            ArgumentError: no images, or some that the model cannot run on; labels that it does not have.
-            ModelRefusedError: the model answers with something else than one tensor.
+            ArgumentError: no images, or labels that the model does not have.
+            ModelRefusedError: the model cannot run on such images, or answers with something else than one tensor.
         """
         found: torch.Tensor | None = None
         if isinstance(images, ImageSet):  # its form is known, and reading from it may start processes
@@ -65,7 +65,7 @@ class FirstLook:
             turned = size[-1] in (1, 3) and size[0] not in (1, 3)
             hint = "; are the channels last? They must come first" if turned else ""
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise ArgumentError(f"{name}: the model cannot run on images {list(size)} ({why}){hint}") from error
+            raise ModelRefusedError(f"{name}: the model cannot run on images of {list(size)} ({why}){hint}") from error
         answer = single_output(output, "the model", len(batch))
         return answer.shape[1] if has_classes(self.model) and answer.ndim == 2 else None
 

@@ -164,7 +164,7 @@ def test_the_other_entry_points_take_them(form, tmp_path, monkeypatch):
     model, make = family("vit"), WITH_LABELS[form]
     swapped = normswap.swap_norms(model)
     normswap.calibrate(swapped, make(), model, normswap.CalibrationOptions(method="channel"))
-    report = ConversionReport("vit", "vit", "channel", "pre-act", COUNT, {})
+    report = ConversionReport("vit", "vit", "channel", "pre-act", COUNT, {}, [], [], "", "")
     fused = normswap.fuse(normswap.Swapped(swapped, model, normswap.make_plan(model), report), make(), original=model)
     (measured,) = normswap.evaluate_models({"fused": fused.model}, make())
     assert (fused.report.stages[-1].n, measured.n) == (COUNT, COUNT)

@@ -31,7 +31,7 @@ FOUND = {
     "wrong length, numpy": ([(X, np.arange(11))], "`eval_images`: 12 images with 11 labels"),
     "soft labels": ([(X, torch.full((12, 7), 1 / 7))], "`eval_images`: .*not one-hot"),
     "labels from 1": ([(X, LABELS + 1)], "`eval_images`: label 7, and the model has classes 0 to 6"),
-    "another size": ([X[..., :16, :16]], r"`eval_images`: the model cannot run on images \[3, 16, 16\]"),
+    "another size": ([X[..., :16, :16]], r"`eval_images`: the model cannot run on images of \[3, 16, 16\]"),
     "channels last": ([X.movedim(1, -1)], r"`eval_images`: .*\[32, 32, 3\].*are the channels last"),
     "integers": ([X.byte()], "`eval_images`: images are uint8"),
     "none": ([], "`eval_images`: there are no images"),
@@ -51,8 +51,9 @@ def no_work(monkeypatch):
 def test_evaluation_images_are_looked_at_before_the_work(name, once, no_work):
     given, says = FOUND[name]
     eval_images = (item for item in given) if once else given
-    with pytest.raises(normswap.ArgumentError, match=says) as caught:
+    with pytest.raises(normswap.NormswapError, match=says) as caught:
         normswap.convert(family("vit"), [X], eval_images=eval_images)
+    assert caught.value.exit_code == (3 if "cannot run" in says or "channels" in says else 2)
     assert "\n" not in str(caught.value)
 
 
@@ -67,7 +68,7 @@ def test_evaluation_images_are_looked_at_before_the_work(name, once, no_work):
     ],
 )
 def test_images_of_the_fine_tuning_are_looked_at_before_the_work(stage, says, no_work):
-    with pytest.raises(normswap.ArgumentError, match=says):
+    with pytest.raises(normswap.NormswapError, match=says):
         normswap.convert(family("vit"), [X], finetune=stage)
 
 
