@@ -147,7 +147,7 @@ def test_an_image_without_a_transform_says_so():
         list(checked([(Image.new("RGB", (8, 8)), 3)]))
 
 
-@pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset", "one-hot, single"])
+@pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset"])
 def test_convert_and_finetune_take_them(form):
     make = WITH_LABELS[form]
     options = normswap.CalibrationOptions(method="channel")
@@ -157,7 +157,7 @@ def test_convert_and_finetune_take_them(form):
     assert all(stage.n == COUNT and stage.top1 is not None for stage in report.stages)
 
 
-@pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset", "one-hot, single"])
+@pytest.mark.parametrize("form", ["hugging face", "one pair of arrays", "dataset"])
 def test_the_other_entry_points_take_them(form, tmp_path, monkeypatch):
     monkeypatch.setattr("normswap.benchmarking.benchmark.warm_up", lambda step, clock: 1.0)
     monkeypatch.setattr("normswap.benchmarking.benchmark.steps_per_turn", lambda *_, **__: 1)
