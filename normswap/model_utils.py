@@ -1,7 +1,7 @@
 """What timm and `nn.Module` do not say by themselves: size, config, ties, a copy without weights, eval mode."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ModelRefusedError
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +61,23 @@ def find_module(model: nn.Module, path: str) -> nn.Module | None:
 def has_classes(model: nn.Module) -> bool:
     """Return whether a timm model answers with logits; headless ones, built with num_classes=0, give features."""
     return getattr(model, "num_classes", 1) != 0
+
+
+def single_output(output: Any, name: str, count: int) -> torch.Tensor:
+    """Return what a model answers for ``count`` images: logits `[B, K]` or features `[B, ...]`.
+
+    Raises:
+        ModelRefusedError: it is not one tensor with a row for each image.
+    """
+    if not isinstance(output, torch.Tensor):
+        keys = f" ({', '.join(map(str, output))})" if isinstance(output, Mapping) else ""
+        raise ModelRefusedError(
+            f"{name} answers with a {type(output).__name__}{keys}, not with one tensor [B, K]: wrap it in a module "
+            "whose forward returns the logits alone"
+        )
+    if output.ndim < 2 or len(output) != count:
+        raise ModelRefusedError(f"{name} answers {count} images with a tensor {list(output.shape)}, not with [B, K]")
+    return output
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:

@@ -17,10 +17,12 @@ ROAD: dict[str, tuple[str, ...]] = {
     "tables": (),
     "distributed": (),
     "atomic": (),
+    "ambient": (),
     "layers": (),
     "model_utils": (),
+    "module_state": (),
     "records": ("provenance", "worst_images", "budget", "report"),
-    "inputs": ("batches", "checkpoint", "stream", "dataset"),
+    "inputs": ("forms", "batches", "shards", "checkpoint", "stream", "dataset"),
     "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
     "surgery": ("swap", "fold"),
     "evaluation": ("worst_images", "evaluate"),
@@ -59,7 +61,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "outputs": ("options", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
-    "pipeline": ("open_model", "options", "conversion", "checks", "steps", "convert", "from_swapped"),
+    "pipeline": ("open_model", "options", "conversion", "checks", "first_look", "steps", "convert", "from_swapped"),
     "demo": (),
 }
 ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]

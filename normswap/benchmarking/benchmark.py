@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, BenchmarkError, MissingExtraError, one_line
 from ..inputs.batches import rebatched
 from ..model_utils import resolve_input_size
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from .engines import Runnable, check_engine, denormals_as_zero, prepare, workplace
 from .options import CLOCKS, CPU, DEFAULT_ROUNDS, EAGER, ENGINES, FEWEST_ROUNDS, WALL
@@ -22,6 +24,7 @@ from .timing import Clock, cpu_clock, cuda_clock, freed_memory_kept, steps_per_t
 from .variants import differences, norm_free, stand_in
 
 
+@known_context(own_precision=False)
 def benchmark_models(
     original: nn.Module,
     fused: nn.Module | None = None,
@@ -84,6 +87,8 @@ def benchmark_models(
     >>> [timing.variant for timing in result.timings]
     ['original', 'fused', 'norm-free', 'original again']
     """
+    check_state(original)
+    check_weights(original)
     weight = next(original.parameters())
     target = torch.device(device) if device is not None else weight.device
     _check(batch_sizes, engines, rounds, target, clock)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw, thawed
 from ..errors import ArgumentError, CalibrationError
 from ..inputs.batches import ImageBatches
 from ..layers import TokenBatchNorm
 from ..model_utils import eval_mode, find_module
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Calibration
 from ..surgery.swap import batch_norms
@@ -56,6 +58,7 @@ class _MapObserver(Observer):
         self.norm.set_affine(scale, shift)
 
 
+@known_context()
 @torch.no_grad()
 def calibrate(
     swapped: nn.Module,
@@ -91,6 +94,10 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     options.check()
+    check_state(original)
+    check_weights(original, swapped)
+    thaw(swapped)
+    original = thawed(original)
     norms = batch_norms(swapped)
     sites = [path for path in norms if isinstance(find_module(original, path), nn.LayerNorm)]
     if not sites:

@@ -32,6 +32,8 @@ ROWS_PER_INPUT = 1
 # More rows than this, or than so many per input, are thinned out at random: their products would cost more than both
 # models together, and the last ones would hardly change the solution (docs/calibration.md).
 ROWS_KEPT, ROWS_KEPT_PER_INPUT = 20480, 13
+# A layer with at least this share of zeros was pruned, and keeps them.
+PRUNED = 0.05
 
 
 class Reconstruction:
@@ -80,6 +82,9 @@ class Reconstruction:
     def solve_readers(self, readers: Readers, writers: list[Writer]) -> None:
         """Fit the layers that read one value to what the original's give."""
         lane = self._lane
+        readers = replace(readers, stops=tuple(stop for stop in readers.stops if not self._pruned(stop, "reader")))
+        if not readers.stops:
+            return
         layers = [layer_at(lane, stop) for stop in readers.stops]
         first, last = readers.stops[0], max(readers.stops, key=self._original_lane.at)
         grams: dict[bool, _Grams] = {}
@@ -107,6 +112,8 @@ class Reconstruction:
         """Fit a layer so that the residual stream behind it is the original's."""
         layer = layer_at(self._lane, writer.stop)
         first = self._route(self._lane, writer)
+        if self._pruned(writer.stop, "writer"):
+            return
         if isinstance(first, NoRoute):
             for _ in self.lockstep.visit(writer.end, writer.stop):
                 pass
@@ -196,6 +203,15 @@ class Reconstruction:
 
     def _keep(self, path: str, role: str, rows: int, reason: str) -> None:
         self.result.layers.append(LayerFit(path, role, rows, reason=reason))
+
+    def _pruned(self, stop: Stop, role: str) -> bool:
+        """Return, and note, whether a layer keeps its weights because a new solution would fill its zeros."""
+        share = float((layer_at(self._lane, stop).weight == 0).double().mean())
+        if share < PRUNED:
+            return False
+        zeros = f"{100 * share:.0f} % of its weights are zero, as after pruning, and would not be any more"
+        self._keep(stop.path, role, 0, zeros)
+        return True
 
     def _branch_end(self, readers: Readers, writers: list[Writer]) -> Stop | None:
         """Return the writer that ends the readers' branch, if tokens are mixed on the way."""

@@ -9,8 +9,11 @@ from timm.utils import accuracy
 from torch import nn
 from torch.nn import functional
 
+from ..ambient import known_context
 from ..errors import ArgumentError
-from ..model_utils import eval_mode, has_classes
+from ..inputs.batches import checked
+from ..model_utils import eval_mode, has_classes, single_output
+from ..module_state import check_weights
 from ..progress import Progress, no_progress
 from ..records.report import StageMetrics
 from .worst_images import WorstImages
@@ -77,6 +80,7 @@ class _Tally:
         )
 
 
+@known_context()
 @torch.no_grad()
 def evaluate_models(
     models: Mapping[str, nn.Module],
@@ -91,7 +95,7 @@ def evaluate_models(
 
     Args:
         models: by name; all with outputs of the same shape `[B, K]`.
-        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None).
+        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None); see `normswap.inputs.batches.checked`.
         amp_dtype: autocast to it; default: the models' own dtype.
         progress: called with ("evaluate", images done, ``total``).
         total: how many images there will be, for the progress.
@@ -100,7 +104,8 @@ def evaluate_models(
             once if it is measured against again and again on the same batches.
 
     Raises:
-        ArgumentError: no images, or models with outputs of different shapes.
+        ArgumentError: no images, labels that do not fit, or models with outputs of different shapes.
+        ModelRefusedError: a model answers with something else than one tensor.
 
     >>> model = timm.create_model("test_vit", num_classes=3).eval()
     >>> images, labels = torch.zeros(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
@@ -108,14 +113,14 @@ def evaluate_models(
     >>> same.name, same.n, same.agreement, same.kl
     ('copy', 4, 100.0, 0.0)
     """
+    check_weights(*models.values())
     tallies = {name: _Tally() for name in models}
     first = next(iter(models.values()))
     weight = next(first.parameters())
     classifier = has_classes(first)
     done = 0
     with eval_mode(*models.values()):
-        for number, item in enumerate(batches):
-            images, labels = (item[0], item[1]) if isinstance(item, tuple | list) else (item, None)
+        for number, (images, labels) in enumerate(checked(batches)):
             images = images.to(weight)
             labels = None if labels is None else labels.to(weight.device)
             reference: torch.Tensor | None = None
@@ -123,7 +128,9 @@ def evaluate_models(
                 known = answers.get(number) if answers and model is first else None
                 cast = torch.autocast(weight.device.type, amp_dtype) if amp_dtype else nullcontext()
                 with cast:
-                    output = model(images) if known is None else known
+                    # One in half precision may stand beside the others in float32.
+                    own = images.to(next(model.parameters(), weight))
+                    output = single_output(model(own), name, len(images)) if known is None else known
                 if answers is not None and model is first:
                     answers[number] = output
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
@@ -132,6 +139,8 @@ def evaluate_models(
                     raise ArgumentError(
                         f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"
                     )
+                if classifier and labels is not None and int(labels.max()) >= logits.shape[1]:
+                    raise ArgumentError(f"label {int(labels.max())}, and {name} has classes 0 to {logits.shape[1] - 1}")
                 divergence = tallies[name].update(logits, reference, labels, classifier)
             if worst is not None and divergence is not None and reference is not None:
                 worst.update(images, divergence, reference, logits, labels)

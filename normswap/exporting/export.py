@@ -13,11 +13,13 @@ import torch
 from timm.models import get_model_input_config
 from torch import nn
 
+from ..ambient import known_context
 from ..atomic import check_file, new_file
 from ..errors import ArgumentError, CheckFailedError, first_line
-from ..inputs.batches import rebatched
+from ..inputs.batches import checked, rebatched
 from ..inputs.dataset import describe
 from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg, resolve_input_size
+from ..module_state import check_state, check_weights
 from ..planning.graph import export_program
 from ..progress import Progress, no_progress
 from ..records.report import plain, versions
@@ -97,6 +99,7 @@ class ExportReport:
         return plain(asdict(self))
 
 
+@known_context()
 def export_model(
     model: nn.Module,
     path: str | Path,
@@ -150,11 +153,13 @@ def export_model(
     >>> report.comparison.max_abs_diff, len(report.layer_norms)
     (0.0, 13)
     """
+    check_state(model)
+    check_weights(model)
     path = Path(path)
     check_export(path, format, dtype, overwrite)
     atol = ATOL[dtype] if atol is None else atol
     _check_arguments(format, dtype, static, atol, images, int8_images)
-    source = _random(resolve_input_size(model)) if images is None else list(images)
+    source = _random(resolve_input_size(model)) if images is None else list(checked(images))
     batches = list(rebatched(source, _BATCH))
     if not batches:
         raise ArgumentError("no images to compare the graph on")

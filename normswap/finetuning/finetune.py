@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw, thawed
 from ..calibration.activation_store import default_budget
 from ..errors import ArgumentError
-from ..inputs.batches import gather
+from ..inputs.batches import checked, gather
 from ..inputs.dataset import ImageSet
 from ..model_utils import eval_mode
+from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Finetuning
 from .holdout import held_out_of
@@ -27,6 +29,7 @@ from .run_state import TrainingState
 from .trainer import Run, steps_per_epoch
 
 
+@known_context()
 def finetune(
     swapped: nn.Module,
     images: Iterable[Any],
@@ -75,6 +78,10 @@ def finetune(
     options.check()
     if resume and state is None:
         raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+    check_state(swapped)
+    check_weights(original, swapped)
+    thaw(swapped)
+    original = thawed(original)
     weight = next(swapped.parameters())
     check_images(images, weight, options, held_out is not None)
     pixels, labels = gather(images, weight)
@@ -113,7 +120,7 @@ def check_images(images: Iterable[Any], like: torch.Tensor, options: FinetuneOpt
             what = f"{count} images of {list(images.input_size)} need {gib}"
             raise ArgumentError(f"{what}: fine-tune on fewer")
     elif isinstance(images, list):
-        count = sum(len(item[0] if isinstance(item, tuple | list) else item) for item in images)
+        count = sum(len(batch) for batch, _ in checked(images))
     else:
         return
     if count > 1:  # that one is not enough is said where they are read

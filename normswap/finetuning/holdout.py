@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError
-from ..inputs.batches import gather
+from ..inputs.batches import checked
 
 # One image in ten, and at most so many, are not trained on; they show the agreement and decide at the end.
 HELD_OUT, MOST_HELD_OUT = 10, 512
@@ -23,8 +23,8 @@ def hold_out(images: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
     Raises:
         ArgumentError: there are fewer than two, or they are no images.
     """
-    items = list(images)
-    counts = [len(gather([item], torch.empty(0))[0]) for item in items]
+    items = list(checked(images))
+    counts = [len(batch) for batch, _ in items]
     total = sum(counts)
     if total < 2:
         raise ArgumentError(f"fine-tuning needs at least two images, there are {total}")
@@ -36,10 +36,6 @@ def hold_out(images: Iterable[Any], seed: int) -> tuple[list[Any], list[Any]]:
     return rest, held
 
 
-def _where(item: Any, mask: torch.Tensor) -> tuple[Any, int]:
+def _where(item: tuple[torch.Tensor, torch.Tensor | None], mask: torch.Tensor) -> tuple[Any, int]:
     """Return the part of a batch, labels and all, where the mask `[B]` is set, and how many images that are."""
-    if isinstance(item, tuple | list):
-        kept = tuple(part[mask.to(part.device)] if isinstance(part, torch.Tensor) else part for part in item)
-    else:
-        kept = item[mask.to(item.device)]
-    return kept, int(mask.sum())
+    return tuple(None if part is None else part[mask.to(part.device)] for part in item), int(mask.sum())

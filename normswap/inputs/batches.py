@@ -1,4 +1,4 @@
-"""Any iterable of images as batches of one size, checked once."""
+"""Images in any form as batches of one size, checked once."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
@@ -6,6 +6,7 @@ from typing import Any, overload
 import torch
 
 from ..errors import ArgumentError
+from .forms import items_of, joined, pair_of
 
 # Images that go through the models together. Small enough for the caches, large enough for the matrix products.
 BATCH_SIZE = 32
@@ -17,20 +18,25 @@ def checked(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor 
     """Yield images `[B, C, H, W]` and labels `[B]`, None where there are none, as the caller batched them.
 
     Args:
-        images: batches, or tuples or lists that start with one; a tensor behind it holds the labels.
+        images: batches `[B, C, H, W]` or single images `[C, H, W]`, which are put into batches: tensors or numpy
+            arrays, tuples or lists that start with one and go on with the labels, or dicts as Hugging Face has them,
+            ``{"pixel_values": images, "labels": labels}``; also a single one of those batches, or a torch `Dataset` of
+            single images. Labels are class numbers `[B]`, or one-hot `[B, K]`.
 
     Raises:
-        ArgumentError: something that is no batch of images, or images of different sizes.
+        ArgumentError: something that is no image, images that are not normalised or have different sizes, labels that
+            are no class numbers or not as many as the images.
+
+    >>> [(batch.shape, labels) for batch, labels in checked([{"image": torch.zeros(3, 8, 8), "label": 4}] * 2)]
+    [(torch.Size([2, 3, 8, 8]), tensor([4, 4]))]
     """
     size: torch.Size | None = None
-    for item in images:
-        batch, *rest = item if isinstance(item, tuple | list) else (item,)
-        if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
-            raise ArgumentError("images must be batches [B, C, H, W], or tuples that start with one")
+    for batch, labels in joined(map(pair_of, items_of(images)), BATCH_SIZE):
         size = size or batch.shape[1:]
         if batch.shape[1:] != size:
             raise ArgumentError(f"images must all have one size; there are {list(size)} and {list(batch.shape[1:])}")
-        yield batch, rest[0] if rest and isinstance(rest[0], torch.Tensor) else None
+        if len(batch):
+            yield batch, labels
 
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:

@@ -6,18 +6,23 @@ randomly initialised head.
 
 import argparse
 import difflib
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import list_repo_files, snapshot_download
 from safetensors import SafetensorError
 from timm.models import load_state_dict, parse_model_name, resolve_model_input_args
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, CheckpointError, ModelRefusedError, first_line
+from .shards import INDEX, find_index, index_of, read_shards
 
 
+@known_context()
 def load_model(
     model: str,
     pretrained: bool = False,
@@ -35,7 +40,8 @@ def load_model(
     Args:
         model: whatever `timm.create_model` takes: a name, ``hf-hub:ID`` or ``local-dir:PATH``.
         pretrained: use timm's weights for a plain name; implied by the two prefixes.
-        checkpoint: weights file (.safetensors, .pth, .pt, .bin), instead of ``pretrained``.
+        checkpoint: weights file (.safetensors, .pth, .pt, .bin), or the index of several (.index.json) or the folder
+            they are in, instead of ``pretrained``.
         use_ema: take the EMA weights of a training checkpoint.
         num_classes: of the classifier; 0 for a headless model; default: the checkpoint's.
         img_size: height and width in pixels; default: the checkpoint's.
@@ -78,7 +84,7 @@ def load_model(
         raise ArgumentError(
             f"{model} was trained for {trained} classes; `num_classes` {num_classes} would give it a random head"
         )
-    loaded: Any = _create(model, kwargs, pretrained=True).eval()
+    loaded: Any = _create_pretrained(model, kwargs).eval()
     if source is None and loaded.pretrained_cfg.get("hf_hub_id"):
         loaded.pretrained_cfg["source"] = "hf-hub"  # as timm notes for hf-hub: names; the model card cites it
     return loaded
@@ -107,6 +113,41 @@ def _resolve(
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     return kwargs
+
+
+def _create_pretrained(model: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Return what timm creates; also from shards, which it does not read: it takes single files, or the tensors."""
+    source, name = _parse(model)
+    index = find_index(Path(name)) if source == "local-dir" else None
+    if index is None:
+        try:
+            return _create(model, kwargs, pretrained=True)
+        except CheckpointError:
+            index = _hub_index(name) if source == "hf-hub" else None
+            if index is None:
+                raise
+    config = kwargs["pretrained_cfg"]
+    given = {**config, "source": "", "file": None, "state_dict": read_shards(index)}
+    created: Any = _create(model, {**kwargs, "pretrained_cfg": given}, pretrained=True)
+    created.pretrained_cfg = {**created.pretrained_cfg, "source": config.get("source", ""), "file": config.get("file")}
+    del created.pretrained_cfg["state_dict"]
+    return created
+
+
+def _hub_index(name: str) -> Path | None:
+    """Return the index of a hub model's shards, downloaded with them; None where there is none."""
+    repo, _, revision = name.partition("@")
+    try:
+        files = list_repo_files(repo, revision=revision or None)
+        index = index_of(files)
+        if index is None:
+            return None
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=[index, f"{index.partition('.')[0]}-*-of-*"]
+        )
+    except Exception:  # of the hub's client, which has many kinds: what timm said before is what is wrong
+        return None
+    return Path(folder) / index
 
 
 def _parse(model: str) -> tuple[str | None, str]:
@@ -163,10 +204,17 @@ def read_state_dict(path: Path, use_ema: bool = False) -> dict[str, torch.Tensor
         ArgumentError: there is no such file.
         CheckpointError: it cannot be read, or would need to run code.
     """
-    if not path.is_file():
+    index = find_index(path) if path.is_dir() else path if path.name.endswith(INDEX) else None
+    if not path.is_file() and index is None:
         raise ArgumentError(f"{path}: no such weights file")
+    if index is not None and use_ema:
+        raise CheckpointError(f"{path}: `use_ema`, but shards hold no EMA weights")
     try:
-        state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        state = (
+            read_shards(index) if index is not None else load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        )
+    except CheckpointError:
+        raise
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {_explain(error)}") from error
     except Exception as error:  # torch and safetensors raise a dozen kinds for a broken file
@@ -219,7 +267,8 @@ def _explain(error: Exception) -> str:
             "save the plain state dict, best as safetensors"
         )
     if "Missing key" in text or "size mismatch" in text or "Unexpected key" in text:
-        return "its weights do not fit the model: " + " ".join(text.split("\n", 1)[-1].split())[:300]
+        told = " ".join(text.split("\n", 1)[-1].split())
+        return f"its weights do not fit the model: {textwrap.shorten(told, 300, placeholder=' ...')}"
     if "PytorchStreamReader" in text or "unexpected EOF" in text:
         return f"its weights cannot be read ({first_line(error)}): truncated file?"
     return first_line(error)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ..ambient import known_context
 from ..calibration.options import CalibrationOptions
 from ..finetuning.options import FinetuneOptions
 from ..planning.options import FfnBn
@@ -16,6 +17,7 @@ from .options import EvaluationOptions, FinetuneStage
 from .steps import Request, calibrated, checked, finetuned, folded, measured, prepared
 
 
+@known_context()
 def convert(
     model: nn.Module,
     images: Iterable[Any],
@@ -31,10 +33,16 @@ def convert(
 ) -> Conversion:
     """Take LayerNorm out of a pretrained model and measure what that cost. ``model`` stays as it is.
 
+    The first batch of everything and one answer of the model are looked at before the work. What the caller has
+    switched on in torch, as autocast or inference mode, does not change the result.
+
     Args:
-        model: a timm vision transformer with its weights.
+        model: a timm vision transformer with its weights. One in half precision is converted in float32; the result
+            has its dtypes and the training flag of each of its modules again.
         images: calibration images, no labels needed: any iterable of batches `[B, C, H, W]`, normalised as the
-            model wants them, or of pairs of images and labels `[B]`. All are held in memory.
+            model wants them, or of pairs of images and labels `[B]`; also Hugging Face's batches, numpy arrays, one
+            tensor, or a torch `Dataset` of single images, see `normswap.inputs.batches.checked`. All are held in
+            memory.
         eval_images: what accuracy and agreement are measured on, in the same form; default: ``images``.
         plan: from `make_plan`, which also takes the LayerNorms to keep; default: all that can go, go.
         ffn_bn: where BatchNorm goes between the FFN's linear layers: "pre-act", "post-act" or "none".

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import finetune
 from ..finetuning.options import FinetuneOptions
-from ..inputs.batches import BATCH_SIZE, rebatched
+from ..inputs.batches import BATCH_SIZE, checked, rebatched
 from ..inputs.dataset import ImageSet, describe
 from ..outputs.save import describe_edits
 from ..outputs.swapped_checkpoint import Swapped
@@ -31,6 +32,7 @@ _RANDOM_IMAGES = 8
 _FOLD_IMAGES = 1024
 
 
+@known_context()
 def finetune_swapped(
     swapped: Swapped,
     original: nn.Module,
@@ -68,8 +70,8 @@ def finetune_swapped(
     >>> type(fuse(swapped).model.norm).__name__
     'Identity'
     """
-    items = list(images) if eval_images is None else images
-    evaluation = items if eval_images is None else eval_images
+    items = images if eval_images is not None else list(checked(images))
+    evaluation = items if eval_images is None else _held(eval_images)
     start = "finetuned before" if swapped.report.finetuning is not None else "calibrated"
     answers: dict[int, torch.Tensor] = {}  # of the original, which need not run twice
     first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress, answers=answers)
@@ -86,6 +88,7 @@ def finetune_swapped(
     report.evaluation_data = describe(evaluation, last[-1].n)
 
 
+@known_context()
 def fuse(
     swapped: Swapped,
     images: Iterable[Any] | None = None,
@@ -112,7 +115,7 @@ def fuse(
     evaluation = evaluation or EvaluationOptions()
     evaluation.check()
     model, report, size = swapped.model, swapped.report, swapped.plan.input_size
-    images = images if images is None or isinstance(images, ImageSet) else list(images)
+    images = None if images is None else _held(images)
     batches = _fold_images(images, size, next(model.parameters()))
     fused = fold_norms(model, input_size=size)
     thumbnails: list[str] = []
@@ -132,6 +135,11 @@ def fuse(
         raise CheckFailedError(f"{problem}: not saved", report)
     edits = describe_edits(swapped.original, fused)
     return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, thumbnails)
+
+
+def _held(images: Iterable[Any]) -> Iterable[Any]:
+    """Return images that can be gone through more than once; those of an `ImageSet` are read again each time."""
+    return images if isinstance(images, ImageSet) else list(checked(images))
 
 
 def _fold_images(images: Iterable[Any] | None, size: tuple[int, int, int], like: torch.Tensor) -> list[torch.Tensor]:

@@ -4,12 +4,13 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..ambient import thawed
 from ..calibration.options import CalibrationOptions
 from ..errors import ArgumentError, CheckFailedError
 from ..evaluation.evaluate import evaluate_models
@@ -17,8 +18,10 @@ from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
 from ..inputs.batches import ImageBatches
+from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
 from ..model_utils import eval_mode, has_classes, meta_copy
+from ..module_state import as_given, check_state, check_weights, in_float32
 from ..outputs.save import describe_edits
 from ..planning.options import FfnBn
 from ..planning.plan import Plan, make_plan
@@ -30,6 +33,7 @@ from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms, max_difference
 from .checks import fold_problem, pictured
 from .conversion import Conversion
+from .first_look import FirstLook
 from .options import EvaluationOptions, FinetuneStage
 
 
@@ -96,6 +100,7 @@ class Work:
         trained: calibrated, and fine-tuned if that was asked for; not folded.
         finetuning: the record of the fine-tuning.
         controls: the fine-tuned copy of the unconverted model, by stage name.
+        result: the folded model in the precision, and with the training flags, of the caller's.
         fused, difference: the folded model, and by how much its outputs differ from those of ``trained``.
         report, thumbnails: what was measured, and pictures of the images that changed most.
     """
@@ -118,6 +123,7 @@ class Work:
     finetuning: Finetuning | None = None
     controls: dict[str, nn.Module] = field(default_factory=dict)
     fused: nn.Module = field(init=False)
+    result: nn.Module = field(init=False)
     difference: float = field(init=False)
     report: ConversionReport = field(init=False)
     thumbnails: list[str] = field(init=False)
@@ -131,9 +137,13 @@ class Work:
 def prepared(request: Request) -> Work:
     """Check the arguments, read the calibration images, plan, and run the original over them once."""
     request.check()
-    model, stage = request.model, request.finetune
+    check_state(request.model)
+    check_weights(request.model)
+    model = thawed(in_float32(request.model))
+    request = _looked_at(request, model)
+    stage = request.finetune
     weight = next(model.parameters())
-    items = list(request.images)
+    items: list[Any] = list(checked_batches(request.images))
     held_out = list(stage.held_out) if stage is not None and stage.held_out is not None else None
     parted = stage is not None and stage.images is None and held_out is None
     if stage is not None and parted:
@@ -173,6 +183,26 @@ def prepared(request: Request) -> Work:
             request.progress("forward pass", i + 1, len(batches))
             model(batch)
     return work
+
+
+def _looked_at(request: Request, model: nn.Module) -> Request:
+    """Return the request after a look at the first batch of everything in it; iterators in it have lost nothing."""
+    look, stage, eval_images = FirstLook(model), request.finetune, request.eval_images
+    own = eval_images is None
+    if eval_images is not None:
+        eval_images, _ = look.at(eval_images, "`eval_images`", labels=True)
+    wanted = stage is not None and stage.options.labels > 0
+    trained_on = stage is not None and stage.images is None
+    images, size = look.at(request.images, "`images`", own or (wanted and trained_on), wanted and trained_on)
+    if stage is not None and stage.images is not None:
+        training, size = look.at(stage.images, "`images` of the fine-tuning", wanted, wanted)
+        stage = replace(stage, images=training)
+    if stage is not None and stage.held_out is not None:
+        held_out, other = look.at(stage.held_out, "`held_out`")
+        if other != size:
+            raise ArgumentError(f"images of {list(size)}, but held out are some of {list(other)}")
+        stage = replace(stage, held_out=held_out)
+    return replace(request, images=images, eval_images=eval_images, finetune=stage)
 
 
 def calibrated(work: Work) -> None:
@@ -244,7 +274,8 @@ def measured(work: Work) -> None:
     work.report = report = _report(work)
     stages = {"original": work.original, **work.controls, "swapped": work.attempt.swapped}
     stages["calibrated"] = work.attempt.calibrated
-    stages |= ({"finetuned": work.trained} if work.finetuning is not None else {}) | {"fused": work.fused}
+    stages |= {"finetuned": work.trained} if work.finetuning is not None else {}
+    stages["fused"] = work.result = as_given(work.fused, request.model)
     worst = WorstImages(evaluation.worst_images)
     known = work.outputs if work.budget else None
     with work.clock("evaluate"):
@@ -297,14 +328,13 @@ def checked(work: Work) -> Conversion:
     if not work.difference <= atol:
         problem = fold_problem(work.trained, work.batches, work.plan, work.difference, atol)
         raise CheckFailedError(f"{problem}: not saved", report)
-    work.fused.train(request.model.training)
     conversion = Conversion(
-        work.fused,
+        work.result,
         report,
         work.plan,
         work.trained,
         describe_edits(work.original, work.fused),
-        work.batches[0],
+        work.batches[0].to(next(work.result.parameters())),
         meta_copy(work.original),
         work.thumbnails,
     )

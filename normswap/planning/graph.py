@@ -64,6 +64,12 @@ class ModelGraph:
         (output,) = (node for node in self.nodes if node.op == "output")
         return list(output.args[0]) if isinstance(output.args[0], list | tuple) else [output.args[0]]
 
+    @property
+    def container(self) -> str | None:
+        """The type of what the forward pass puts its values into, None where it gives a bare tensor."""
+        spec = self.program.call_spec.out_spec
+        return None if spec is None or spec.is_leaf() else spec.type.__name__
+
     def calls(self, path: str) -> list[Call]:
         """Return each call of the module at ``path``, in execution order.
 

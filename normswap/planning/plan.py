@@ -15,9 +15,11 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from ..ambient import known_context
 from ..errors import ArgumentError, ModelRefusedError, NoLayerNormError
 from ..layers import TokenBatchNorm
 from ..model_utils import example_batch, meta_copy, pretrained_cfg, resolve_input_size, tied_names
+from ..module_state import check_state
 from ..tables import render, table
 from .channels import REARRANGING, SHAPE_ONLY, UNCHANGED, channel_ids, follow
 from .ffn import Ffn, find_ffns
@@ -114,6 +116,7 @@ class Plan:
         return "\n".join([text, *refused, self.summary()])
 
 
+@known_context()
 def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int, int, int] | None = None) -> Plan:
     """Return the plan for ``model``, which stays as it is; no memory is taken for weights.
 
@@ -134,6 +137,7 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
     ('blocks.1.norm1', 'fold-forward', ['blocks.1.attn.qkv'])
     """
     start = time.perf_counter()
+    check_state(model)
     size = resolve_input_size(model, input_size)
     shadow = meta_copy(model).eval()
     graph = ModelGraph(shadow, example_batch(shadow, size), tied_names(model))
@@ -141,6 +145,9 @@ def make_plan(model: nn.Module, keep: Iterable[str] = (), input_size: tuple[int,
         raise ModelRefusedError("the model is itself a LayerNorm; there is nothing around it to fold into")
     if len(graph.outputs()) != 1:
         raise ModelRefusedError(f"{model_name(model)}: gives {len(graph.outputs())} values, not one tensor to compare")
+    if graph.container is not None:
+        wrap = "wrap it in a module whose forward returns the logits alone"
+        raise ModelRefusedError(f"{model_name(model)}: answers with a {graph.container}, not with one tensor: {wrap}")
     paths = _layer_norms(graph)
     if not paths:
         raise NoLayerNormError(_nothing_to_swap(model))

@@ -20,9 +20,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw
 from ..errors import ArgumentError, FoldError
 from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
 from ..model_utils import example_batch, find_tensor, meta_copy, resolve_input_size, tied_names
+from ..module_state import check_state, check_weights
 from ..planning.foldability import KEEP, Target, Verdict
 from ..planning.graph import ModelGraph
 from ..planning.plan import judge_norms
@@ -68,6 +70,7 @@ def fold_output(
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), scale * bias + shift  # [O] -> [O, 1, ...]
 
 
+@known_context()
 @torch.no_grad()
 def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, int, int] | None = None) -> nn.Module:
     """Return the model with every BatchNorm folded away; a second call changes nothing.
@@ -91,7 +94,11 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     """
     if any(norm.training for norm in batch_norms(model).values()):
         raise ArgumentError("fold in eval mode only: call model.eval() first")
-    if not inplace:
+    check_state(model)
+    check_weights(model)
+    if inplace:
+        thaw(model)
+    else:
         model = copy.deepcopy(model)
     norms = batch_norms(model)
     if norms:

@@ -5,13 +5,16 @@ import copy
 import torch
 from torch import nn
 
+from ..ambient import known_context, thaw
 from ..errors import ArgumentError
 from ..layers import TokenBatchNorm, TokenBatchNorm2d, attach_norm
 from ..model_utils import find_module
+from ..module_state import check_state
 from ..planning.options import FFN_BN, FfnBn
 from ..planning.plan import Plan, make_plan
 
 
+@known_context()
 def swap_norms(
     model: nn.Module, plan: Plan | None = None, ffn_bn: FfnBn = "pre-act", inplace: bool = False
 ) -> nn.Module:
@@ -38,11 +41,14 @@ def swap_norms(
     """
     if ffn_bn not in FFN_BN:
         raise ArgumentError(f"`ffn_bn` must be one of {', '.join(FFN_BN)}, not {ffn_bn!r}")
+    check_state(model)
     plan = plan or make_plan(model)
     for site in plan.swapped_sites:
         if not isinstance(find_module(model, site.path), nn.LayerNorm):
             raise ArgumentError(f"the plan is of another model: {site.path} is no LayerNorm in {type(model).__name__}")
-    if not inplace:
+    if inplace:
+        thaw(model)
+    else:
         model = copy.deepcopy(model)
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     for site in plan.swapped_sites:
