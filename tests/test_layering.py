@@ -20,7 +20,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "layers": (),
     "model_utils": (),
     "records": ("provenance", "worst_images", "budget", "report"),
-    "inputs": ("batches", "checkpoint", "stream", "dataset"),
+    "inputs": ("batches", "checkpoint", "image_files", "labels", "splits", "stream", "dataset"),
     "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
     "surgery": ("swap", "fold"),
     "evaluation": ("worst_images", "evaluate"),

@@ -10,7 +10,8 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 from normswap import ArgumentError, DataError, load_images, load_model
 from normswap.demo import FOLDER, MODEL
-from normswap.inputs.dataset import find_split, load_splits
+from normswap.inputs.dataset import load_splits
+from normswap.inputs.splits import find_split
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_no_images(tmp_path, model):
         load_images(model, tmp_path / "missing", "validation")
     with pytest.raises(ArgumentError, match="no split 'night'"):
         load_images(model, FOLDER, "night")
-    with pytest.raises(ArgumentError, match="--data-dir"):
+    with pytest.raises(ArgumentError, match="Give `data_dir`"):
         load_images(model, None, "validation")
 
 
