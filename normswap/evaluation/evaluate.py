@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ArgumentError
+from ..inputs.labels import check_labels
+from ..inputs.ranges import refuse_integers
 from ..model_utils import eval_mode, has_classes
 from ..progress import Progress, no_progress
 from ..records.report import StageMetrics
@@ -91,7 +93,7 @@ def evaluate_models(
 
     Args:
         models: by name; all with outputs of the same shape `[B, K]`.
-        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None).
+        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None), which count from 0.
         amp_dtype: autocast to it; default: the models' own dtype.
         progress: called with ("evaluate", images done, ``total``).
         total: how many images there will be, for the progress.
@@ -100,7 +102,8 @@ def evaluate_models(
             once if it is measured against again and again on the same batches.
 
     Raises:
-        ArgumentError: no images, or models with outputs of different shapes.
+        ArgumentError: no images, images that are not normalised, labels of no class, or models with outputs of
+            different shapes.
 
     >>> model = timm.create_model("test_vit", num_classes=3).eval()
     >>> images, labels = torch.zeros(4, 3, 160, 160), torch.tensor([0, 1, 2, 0])
@@ -115,9 +118,10 @@ def evaluate_models(
     done = 0
     with eval_mode(*models.values()):
         for number, item in enumerate(batches):
-            images, labels = (item[0], item[1]) if isinstance(item, tuple | list) else (item, None)
+            images, *rest = item if isinstance(item, tuple | list) else (item,)
+            labels = rest[0] if rest else None
+            refuse_integers(images)
             images = images.to(weight)
-            labels = None if labels is None else labels.to(weight.device)
             reference: torch.Tensor | None = None
             for name, model in models.items():
                 known = answers.get(number) if answers and model is first else None
@@ -127,7 +131,11 @@ def evaluate_models(
                 if answers is not None and model is first:
                     answers[number] = output
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
-                reference = logits if reference is None else reference
+                if reference is None:
+                    reference = logits
+                    if labels is not None:
+                        classes = logits.shape[1] if classifier else None
+                        labels = check_labels(labels, len(images), classes).to(weight.device)
                 if logits.shape != reference.shape:
                     raise ArgumentError(
                         f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"

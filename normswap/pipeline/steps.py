@@ -18,6 +18,7 @@ from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
 from ..inputs.batches import ImageBatches
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.first_look import look_at, note_overlap
 from ..model_utils import eval_mode, has_classes, meta_copy
 from ..outputs.save import describe_edits
 from ..planning.options import FfnBn
@@ -152,6 +153,7 @@ def prepared(request: Request) -> Work:
     named = items if parted else request.images
     if request.eval_images is not None:
         source = named = request.eval_images
+    look_at(model, request.images, items, source)
     counted = request.eval_images is None or isinstance(named, ImageSet)
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
@@ -253,6 +255,7 @@ def measured(work: Work) -> None:
         )
     if work.source_data is None:
         report.evaluation_data = describe(work.source, report.stages[0].n)
+    note_overlap(report, work.named, [request.images, work.training])
     report.worst, work.thumbnails = pictured(worst, work.named, request.model)
     sets = [images for images in (request.images, request.eval_images) if isinstance(images, ImageSet)]
     report.skipped_images = sorted({name for images in sets for name in images.skipped})

@@ -1,5 +1,6 @@
 """Pixels of any width give the picture that 8 bits give; files that are not read are counted, broken ones named."""
 
+import contextlib
 import os
 import tarfile
 from collections import Counter
@@ -128,7 +129,7 @@ def test_files_outside_the_class_map_are_counted_as_left(tmp_path, model):
 
 def test_timms_own_list_of_suffixes_comes_back():
     before = get_img_extensions()
-    with pytest.raises(KeyError), all_suffixes():
+    with contextlib.suppress(KeyError), all_suffixes():
         assert ".webp" in get_img_extensions()
         raise KeyError
     assert get_img_extensions() == before

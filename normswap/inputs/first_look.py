@@ -1,0 +1,96 @@
+"""What a caller passes, looked at before the work: values, labels, and images that are in two sets."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from ..records.report import ConversionReport
+from .dataset import ImageSet
+from .labels import check_labels
+from .ranges import check_range
+from .stream import Stream
+
+
+def look_at(model: nn.Module, given: Iterable[Any], items: list[Any], evaluation: Iterable[Any]) -> None:
+    """Refuse whole numbers for pixels and labels of no class, and warn of pixels that do not look normalised.
+
+    Looks at what is in memory only: an `ImageSet` is normalised by itself, and a stream can be gone through once.
+
+    Args:
+        model: what they are for.
+        given: calibration images as the caller passed them.
+        items: the same in a list: batches `[B, C, H, W]`, or tuples that start with one.
+        evaluation: the same for the evaluation, with labels `[B]` behind the images; may be ``items``.
+
+    Raises:
+        ArgumentError: see `check_range` and `check_labels`.
+    """
+    looked_at: list[Iterable[Any]] = [] if isinstance(given, ImageSet) else [items]
+    looked_at += [] if evaluation is items else [evaluation]
+    for images in looked_at:
+        for batch, _ in itertools.islice(_held(images), 1):
+            check_range(batch, model)
+    for batch, labels in _held(evaluation):
+        if labels is not None:
+            check_labels(labels, len(batch), getattr(model, "num_classes", None) or None)
+
+
+def shared_images(evaluation: Iterable[Any], others: Iterable[Iterable[Any] | None], total: int) -> int:
+    """Return how many images of ``evaluation`` are in one of the other sets too; 0 where that cannot be told.
+
+    Files are compared by their paths, tensors by their values.
+
+    Args:
+        evaluation: an `ImageSet` or batches.
+        others: the same; None stands for no images.
+        total: how many images ``evaluation`` has.
+    """
+    found = [images for images in others if images is not None]
+    if any(images is evaluation for images in found):
+        return total
+    seen = {key for images in found for key in _keys(images)}
+    return sum(key in seen for key in _keys(evaluation)) if seen else 0
+
+
+def note_overlap(report: ConversionReport, evaluation: Iterable[Any], others: Iterable[Iterable[Any] | None]) -> None:
+    """Write into a report how many evaluation images were calibrated or trained on too; see `shared_images`."""
+    total = report.stages[0].n
+    report.overlap = shared_images(evaluation, others, total)
+    if report.overlap:
+        count = "all" if report.overlap == total else f"{report.overlap} of them"
+        report.evaluation_data += f" ({count} also used for calibration or training)"
+
+
+def _held(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield images and labels (or None) of batches that lie in a list."""
+    if isinstance(images, ImageSet) or not isinstance(images, list | tuple):
+        return
+    for item in images:
+        batch, labels = (
+            (item[0], item[1] if len(item) > 1 else None) if isinstance(item, list | tuple) else (item, None)
+        )
+        if isinstance(batch, torch.Tensor):
+            yield batch, labels
+
+
+def _keys(images: Iterable[Any]) -> Iterator[Any]:
+    """Yield what tells one image from others."""
+    if not isinstance(images, ImageSet):
+        for batch, _ in _held(images):
+            yield from (hash(image.contiguous().view(torch.uint8).numpy().tobytes()) for image in batch.detach().cpu())
+        return
+    base: Any = images.dataset
+    places: Iterable[int] = range(len(images))
+    if isinstance(base, Subset | Stream):
+        base, places = base.dataset, base.indices if isinstance(base, Subset) else base.places
+    samples = getattr(getattr(base, "reader", base), "samples", None)
+    for place in places:
+        if samples is None:  # of data sets that are no files, only one and the same has the same images
+            yield id(base), place
+            continue
+        name = samples[place][0]
+        yield name if isinstance(name, str) else (str(base.reader.root), name.offset_data, samples[place][1])
