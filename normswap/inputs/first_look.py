@@ -1,6 +1,8 @@
 """What a caller passes, looked at before the work: values, labels, and images that are in two sets."""
 
+import functools
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -88,9 +90,13 @@ def _keys(images: Iterable[Any]) -> Iterator[Any]:
     if isinstance(base, Subset | Stream):
         base, places = base.dataset, base.indices if isinstance(base, Subset) else base.places
     samples = getattr(getattr(base, "reader", base), "samples", None)
+    folder_of = functools.cache(os.path.realpath)  # a split may be a link to another
     for place in places:
         if samples is None:  # of data sets that are no files, only one and the same has the same images
             yield id(base), place
             continue
         name = samples[place][0]
-        yield name if isinstance(name, str) else (str(base.reader.root), name.offset_data, samples[place][1])
+        if isinstance(name, str):
+            yield folder_of(os.path.dirname(name)), os.path.basename(name)
+        else:  # an entry of a .tar, perhaps of one in it
+            yield folder_of(str(base.reader.root)), name.offset_data, getattr(samples[place][2], "name", None)

@@ -57,11 +57,7 @@ def split_root(root: Path, split: str, parameter: str = "split") -> Path:
     found = find_split(root, split)
     if found is not None or root.is_file():
         return found or root
-    names = [name.lower() for name in _names(split)]
-    for file in _entries(root, folders=False):
-        suffix = archive_suffix(file)
-        if suffix and file.name.lower().removesuffix(suffix) in names:
-            raise DataError(f"{file}: {suffix} is not taken; {TAKEN}")
+    _refuse_archive(root, split)
     others = _lookalikes(root)
     if split.lower() not in (*_TRAIN, *_EVAL):  # a folder without splits has none of the usual ones either
         what = f"; there are {_listed(others or _parts(root))}" if _parts(root) else ""
@@ -81,14 +77,24 @@ def split_roots(root: Path, train_split: str, split: str) -> tuple[Path, Path]:
     Raises:
         ArgumentError, DataError: see `split_root`.
     """
-    found = find_split(root, train_split), find_split(root, split)
-    train, evaluation = split_root(root, train_split, "train_split"), split_root(root, split)
-    # Without splits of usual names, the one that was named is all there is.
-    if found[0] is None and found[1] is not None and train == root:
-        train = evaluation
-    if found[1] is None and found[0] is not None and evaluation == root:
-        evaluation = train
-    return train, evaluation
+    named = {split: find_split(root, split) for split in (train_split, split)}
+    there = {path for path in named.values() if path is not None}
+    if len(there) == 1 and there >= set(_lookalikes(root)):
+        for name in named:
+            if named[name] is None:
+                _refuse_archive(root, name)
+        (only,) = there
+        return only, only
+    return split_root(root, train_split, "train_split"), split_root(root, split)
+
+
+def _refuse_archive(root: Path, split: str) -> None:
+    """Raise `DataError` if the split is there, packed."""
+    names = [name.lower() for name in _names(split)]
+    for file in _entries(root, folders=False):
+        suffix = archive_suffix(file)
+        if suffix and file.name.lower().removesuffix(suffix) in names:
+            raise DataError(f"{file}: {suffix} is not taken; {TAKEN}")
 
 
 def is_called(path: Path, split: str) -> bool:
