@@ -4,7 +4,7 @@ import os
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,12 +115,21 @@ def count_files(root: Path, reader: Any = None) -> FileCount:
     """
     if root.is_file() and (root.suffix != ".tar" or root.stat().st_size > _LARGEST_SCAN):
         return FileCount()
-    there = Counter(suffix for name in _names(root) for suffix in [os.path.splitext(name)[1].lower()])
-    samples = getattr(reader, "samples", ())
-    # A sample is a path, or the entry of a .tar and the .tar it lies in.
-    names = (sample[0] if isinstance(sample[0], str) else sample[0].name for sample in samples)
-    read = Counter(os.path.splitext(name)[1].lower() for name in names)
+    there = _by_suffix(_names(root))
+    samples = () if reader is None else getattr(reader, "samples", ())
+    read = Counter({suffix: count for suffix, count in there.items() if suffix in SUFFIXES})
+    if read.total() != len(samples):  # a class map, or a reader of its own, leaves some images out
+        # A sample is a path, or the entry of a .tar and the .tar it lies in.
+        read = _by_suffix(sample[0] if isinstance(sample[0], str) else sample[0].name for sample in samples)
     return FileCount(read, there - read)
+
+
+def _by_suffix(names: Iterable[str]) -> Counter[str]:
+    exact = Counter(os.path.splitext(name)[1] for name in names)
+    counts: Counter[str] = Counter()
+    for suffix, count in exact.items():
+        counts[suffix.lower()] += count
+    return counts
 
 
 def _names(root: Path) -> Iterator[str]:
@@ -202,7 +211,7 @@ def loaded(loader: Any, description: str) -> Iterator[Any]:
     batches: Iterator[Any] | None = None
     while True:
         try:
-            batches = batches or iter(loader)
+            batches = iter(loader) if batches is None else batches  # an iterator may have no length to be true by
             batch = next(batches)
         except StopIteration:
             return
