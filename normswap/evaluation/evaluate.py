@@ -133,9 +133,8 @@ def evaluate_models(
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
                 if reference is None:
                     reference = logits
-                    if labels is not None:
-                        classes = logits.shape[1] if classifier else None
-                        labels = check_labels(labels, len(images), classes).to(weight.device)
+                    if labels is not None and classifier:
+                        labels = check_labels(labels, len(images), logits.shape[1]).to(weight.device)
                 if logits.shape != reference.shape:
                     raise ArgumentError(
                         f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"

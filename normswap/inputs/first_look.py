@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from ..model_utils import has_classes
 from ..records.report import ConversionReport
 from .dataset import ImageSet
 from .labels import check_labels
@@ -36,9 +37,11 @@ def look_at(model: nn.Module, given: Iterable[Any], items: list[Any], evaluation
     for images in looked_at:
         for batch, _ in itertools.islice(_held(images), 1):
             check_range(batch, model)
+    if not has_classes(model):
+        return
     for batch, labels in _held(evaluation):
         if labels is not None:
-            check_labels(labels, len(batch), getattr(model, "num_classes", None) or None)
+            check_labels(labels, len(batch), getattr(model, "num_classes", None))
 
 
 def shared_images(evaluation: Iterable[Any], others: Iterable[Iterable[Any] | None], total: int) -> int:

@@ -168,7 +168,8 @@ def check_labels(labels: Any, count: int, classes: int | None) -> torch.Tensor:
         found = labels if isinstance(labels, torch.Tensor) else torch.as_tensor(np.asarray(labels))
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"labels must be whole numbers [B], not {type(labels).__name__}") from error
-    if found.shape != (count,) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    whole = not found.is_complex() and found.dtype != torch.bool and bool((found == found.long()).all())
+    if found.shape != (count,) or not whole:
         kind = str(found.dtype).removeprefix("torch.")
         raise ArgumentError(f"labels must be {count} whole numbers, one for each image, not {kind} {list(found.shape)}")
     if classes is not None and count:

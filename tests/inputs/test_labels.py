@@ -142,7 +142,9 @@ def test_labels_of_no_class_are_refused_whatever_holds_them(model, kind, bad):
     assert found.top1 is not None
 
 
-@pytest.mark.parametrize("labels", [torch.eye(4, 10), [1, 2, 3], torch.zeros(4), torch.zeros(4, 1).long(), "abcd"])
+@pytest.mark.parametrize(
+    "labels", [torch.eye(4, 10), [1, 2, 3], torch.full((4,), 0.5), torch.zeros(4, 1).long(), "abcd"]
+)
 def test_what_is_no_label_for_each_image_is_refused(labels):
     with pytest.raises(ArgumentError, match="labels must be"):
         check_labels(labels, 4, 10)
