@@ -30,6 +30,18 @@ def data(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in names} | {"labels": not options["no_labels"]} | preprocessing(options)
 
 
+def say_images(console: Any, *sets: Any) -> None:
+    """Say what should be known of the images: labels that go by name, a split that is not there, files not read."""
+    notes = [("note", note) for images in sets for note in images.notes]
+    files = [
+        ("files", f"{images.description}: {images.files.line()}")
+        for images in sets
+        if images.files and images.files.left
+    ]
+    for label, text in dict.fromkeys((*notes, *files)):
+        console.say(label, text)
+
+
 def preprocessing(options: dict[str, Any]) -> dict[str, Any]:
     """Pick the overrides of the model's data config that were given."""
     names = ("img_size", "crop_pct", "mean", "std", "interpolation")

@@ -36,7 +36,7 @@ class BatchSizes(click.ParamType):
     "Converted model",
     option("--against", metavar="MODEL", help="converted model, local-dir:OUT  [one is built for its time alone]"),
 )
-@cloup.option_group("Images", *o.source_options("split whose first images are used"))
+@cloup.option_group("Images", *o.source_options("split whose images are used"))
 @cloup.option_group(
     "Timing",
     option(
@@ -163,7 +163,9 @@ def _measure(console: Console, options: dict[str, Any], original: Any, fused: An
     images = None
     if options["data_dir"] is not None or options["dataset"]:
         split = (options["data_dir"], options["split"], options["dataset"])
-        images = load_images(original, *split, labels=False).draw(max(batch_sizes), 42)
+        images = load_images(original, *split, labels=False)
+        a.say_images(console, images)
+        images = images.draw(max(batch_sizes), 42)
         console.say("images", images.description)
     onnxruntime, dtype = options["onnxruntime"], options["model_dtype"]
     engines = [EAGER, *([COMPILE] if options["compiled"] else [])]

@@ -214,6 +214,7 @@ def _prepare(console: Console, options: dict[str, Any]) -> _Job:
         train_labels=training is not None and training.labels > 0,
         **a.data(options),
     )
+    a.say_images(console, images, evaluation)
     _check_budget(options, training, images, evaluation)
     plan = make_plan(model, options["keep"], input_size=images.input_size)
     console.say("plan", plan.summary(options["ffn_bn"]))
@@ -248,9 +249,20 @@ def _say_what_is_done(console: Console, options: dict[str, Any], job: _Job) -> N
     console.say("evaluate", f"on {job.evaluation.description}")
     if job.one_split:
         console.say("note", "there is one split only: calibration images are among the evaluation images")
+    else:
+        _say_overlap(console, job)
     if job.training is not None:
         text = f"{job.training.epochs} epochs, on {job.train.description}; {len(job.held_out)} others held out"
         console.say("finetune", text)
+
+
+def _say_overlap(console: Console, job: _Job) -> None:
+    from normswap.inputs.overlap import shared_images
+
+    shared = shared_images(job.evaluation, [job.calibration, job.train], len(job.evaluation))
+    if shared:
+        text = f"{shared} of the {len(job.evaluation)} evaluation images are also used for calibration or training"
+        console.say("note", text)
 
 
 def _convert(console: Console, options: dict[str, Any], job: _Job) -> Any:

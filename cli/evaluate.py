@@ -38,6 +38,7 @@ def evaluate(**options: Any) -> None:
     models = _open(console, options, device)
     measured = list(models.values())[-1]
     images = load_images(measured, options["data_dir"], options["split"], **a.data(options))
+    a.say_images(console, images)
     if options["eval_samples"]:
         images = images.draw(options["eval_samples"], options["seed"])
     console.say("evaluate", f"on {images.description}, device {device}")

@@ -96,7 +96,7 @@ def export(**options: Any) -> None:
     path = options["output"] or default_path(folder, options["format"], options["dtype"])
     check_export(path, options["format"], options["dtype"], options["overwrite"])
     opened, original = _open(console, options, name)
-    images, int8_images = _images(opened, options)
+    images, int8_images = _images(console, opened, options)
     try:
         report = write(console, opened, path, name, options, images, original, int8_images)
     except CheckFailedError as error:
@@ -166,7 +166,7 @@ def write(
         )
 
 
-def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+def _images(console: Console, model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return the images to compare on, if there are any, and those that set INT8 ranges if they are asked for."""
     from normswap.errors import ArgumentError
     from normswap.inputs.dataset import load_images, load_splits
@@ -178,9 +178,11 @@ def _images(model: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     count, seed = options["eval_samples"], options["seed"]
     if not options["int8"]:
         images = load_images(model, options["data_dir"], options["split"], **a.data(options))
+        a.say_images(console, images)
         return images.draw(count, seed), None
     splits = (options["data_dir"], options["train_split"], options["split"])
     train, images = load_splits(model, *splits, **a.data(options))
+    a.say_images(console, train, images)
     return images.draw(count, seed), train.draw(options["calib_samples"], seed)
 
 

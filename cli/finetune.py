@@ -89,6 +89,7 @@ def _draw(console: Console, options: dict[str, Any], swapped: Any, training: Any
     splits = (options["data_dir"], options["train_split"], options["split"])
     data = {**_data(options, swapped), "train_labels": training.labels > 0}
     images, evaluation = load_splits(swapped.model, *splits, **data)
+    a.say_images(console, images, evaluation)
     # The same draw as convert's: its held out images come behind those it calibrated on.
     seen = swapped.report.calib_samples
     _, train, held_out = a.training_sets(images, seen, options["finetune_samples"] or len(images), options["seed"])
@@ -127,6 +128,7 @@ def fuse(**options: Any) -> None:
     images = None
     if with_images:
         images = load_images(swapped.model, options["data_dir"], options["split"], **_data(options, swapped))
+        a.say_images(console, images)
         if options["eval_samples"]:
             images = images.draw(options["eval_samples"], options["seed"])
         console.say("evaluate", f"on {images.description}, device {device}")

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..ambient import known_context
 from ..errors import ArgumentError
 from ..inputs.batches import checked
+from ..inputs.labels import check_labels
 from ..model_utils import eval_mode, has_classes, single_output
 from ..module_state import check_weights
 from ..progress import Progress, no_progress
@@ -95,7 +96,8 @@ def evaluate_models(
 
     Args:
         models: by name; all with outputs of the same shape `[B, K]`.
-        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None); see `normswap.inputs.batches.checked`.
+        batches: images `[B, C, H, W]`, or pairs with labels `[B]` (or None), which count from 0; see
+            `normswap.inputs.batches.checked`.
         amp_dtype: autocast to it; default: the models' own dtype.
         progress: called with ("evaluate", images done, ``total``).
         total: how many images there will be, for the progress.
@@ -104,7 +106,8 @@ def evaluate_models(
             once if it is measured against again and again on the same batches.
 
     Raises:
-        ArgumentError: no images, labels that do not fit, or models with outputs of different shapes.
+        ArgumentError: no images, images that are not normalised, labels of no class, or models with outputs of
+            different shapes.
         ModelRefusedError: a model answers with something else than one tensor.
 
     >>> model = timm.create_model("test_vit", num_classes=3).eval()
@@ -122,7 +125,6 @@ def evaluate_models(
     with eval_mode(*models.values()):
         for number, (images, labels) in enumerate(checked(batches)):
             images = images.to(weight)
-            labels = None if labels is None else labels.to(weight.device)
             reference: torch.Tensor | None = None
             for name, model in models.items():
                 known = answers.get(number) if answers and model is first else None
@@ -134,13 +136,14 @@ def evaluate_models(
                 if answers is not None and model is first:
                     answers[number] = output
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
-                reference = logits if reference is None else reference
+                if reference is None:
+                    reference = logits
+                    if labels is not None and classifier:
+                        labels = check_labels(labels, len(images), logits.shape[1]).to(weight.device)
                 if logits.shape != reference.shape:
                     raise ArgumentError(
                         f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"
                     )
-                if classifier and labels is not None and int(labels.max()) >= logits.shape[1]:
-                    raise ArgumentError(f"label {int(labels.max())}, and {name} has classes 0 to {logits.shape[1] - 1}")
                 divergence = tallies[name].update(logits, reference, labels, classifier)
             if worst is not None and divergence is not None and reference is not None:
                 worst.update(images, divergence, reference, logits, labels)

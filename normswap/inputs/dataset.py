@@ -1,24 +1,37 @@
 """Images in, by timm's own readers, transforms and data config; an image that cannot be read is named and counted."""
 
+import difflib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_input_data_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from ..errors import ArgumentError, DataError, first_line
+from .image_files import (
+    SUFFIXES,
+    FileCount,
+    ReadableImages,
+    all_suffixes,
+    collate,
+    count_files,
+    filename,
+    loaded,
+    open_rgb,
+)
+from .labels import Labels, class_names, fit_labels
+from .splits import is_called, split_root, split_roots
 from .stream import Stream
 
-# timm's synonyms, in the order in which they are looked for.
-_TRAIN = ("train", "training")
-_EVAL = ("validation", "val", "valid", "eval", "evaluation")
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What timm's data config can be told.
+_CONFIG = ("input_size", "img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+# Data sets of torchvision's that are a folder of class folders, and lie as timm's own do.
+_FOLDERS = ("", "torch/image_folder", "torch/folder")
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -35,6 +48,9 @@ class ImageSet:
         input_size: (channels, height, width) of the images after the transform.
         mode: PIL's name of the channels, "RGB" or "L".
         mean, std: of the transform's normalisation, per channel.
+        label_order: the model's label for each label of the data set; None if they are the same.
+        files: how many files were read and left, by suffix; None for data sets that are no files.
+        notes: what else should be known of them, for people.
         batch_size, workers: of the loader.
         max_skipped: how many unreadable images are tolerated.
         skipped: names of the unreadable images met so far.
@@ -52,6 +68,9 @@ class ImageSet:
     skipped: dict[str, str] = field(default_factory=dict)
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    label_order: tuple[int, ...] | None = None
+    files: FileCount | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -65,13 +84,15 @@ class ImageSet:
         # Each worker of a stream would read all of it, so one reads for all.
         stream = isinstance(self.dataset, Stream)
         loader = DataLoader(
-            self.dataset.read(self.transform) if stream else _Readable(self.dataset, self.transform, self.mode),
+            self.dataset.read(self.transform, self.mode)
+            if stream
+            else ReadableImages(self.dataset, self.transform, self.mode),
             batch_size=self.batch_size,
             num_workers=min(self.workers, 1) if stream else self.workers,
-            collate_fn=_collate,
+            collate_fn=collate,
         )
         seen = 0
-        for images, labels, skipped in loader:
+        for images, labels, skipped in loaded(loader, self.description):
             self.skipped.update(skipped)
             if len(self.skipped) > self.max_skipped:
                 name, why = next(iter(self.skipped.items()))
@@ -81,19 +102,22 @@ class ImageSet:
                 )
             if images is not None:
                 seen += len(images)
-                self._check_labels(labels)
-                yield images, labels if self.num_classes is not None else None
+                yield images, self._model_labels(labels)
         if not seen:
             name, why = next(iter(self.skipped.items()), ("", ""))
             raise DataError(f"no image of {self.description} can be read{f', as {name} ({why})' if name else ''}")
 
-    def _check_labels(self, labels: torch.Tensor) -> None:
-        """Raise for labels that no class of the model has; a stream does not say beforehand how many it has."""
-        if self.num_classes is not None and isinstance(self.dataset, Stream) and int(labels.max()) >= self.num_classes:
+    def _model_labels(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return labels `[B]` as the model counts them; a stream does not say beforehand how many it has."""
+        if self.num_classes is None:
+            return None
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
             raise DataError(
-                f"{self.description}: label {int(labels.max())}, and the model has {self.num_classes} classes: "
+                f"{self.description}: label {int(outside[0])}, and the model has {self.num_classes} classes: "
                 f"give `class_map`, or `labels=False` to compare with the original only"
             )
+        return labels if self.label_order is None else torch.tensor(self.label_order)[labels]
 
     def draw(self, count: int, seed: int, skip: int = 0) -> "ImageSet":
         """Return a random subset of ``count`` images (all if there are fewer), the same for the same seed.
@@ -112,15 +136,30 @@ class ImageSet:
     def filename(self, position: int) -> str:
         """Return the name of an image by its place among those that iterating gave; "image 17" where it has none."""
         if not self.skipped:
-            return _filename(self.dataset, position)
-        names = (_filename(self.dataset, index) for index in range(len(self)))
+            return filename(self.dataset, position)
+        names = (filename(self.dataset, index) for index in range(len(self)))
         return next(itertools.islice((name for name in names if name not in self.skipped), position, None))
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes by label, from the folders or the class map; empty without labels."""
+        """Names of the classes by the model's label, from the folders or the class map; empty without labels."""
         base = self.dataset.dataset if isinstance(self.dataset, Subset | Stream) else self.dataset
-        return [] if self.num_classes is None else _classes(base)
+        names = [] if self.num_classes is None else class_names(base)
+        if self.label_order is None or not names:
+            return names
+        return [name for _, name in sorted(zip(self.label_order, names, strict=True))]
+
+
+def held_batches(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield images `[B, C, H, W]` and labels (or None) of batches that lie in a list; nothing of anything else."""
+    if isinstance(images, ImageSet) or not isinstance(images, list | tuple):
+        return
+    for item in images:
+        batch, labels = (
+            (item[0], item[1] if len(item) > 1 else None) if isinstance(item, list | tuple) else (item, None)
+        )
+        if isinstance(batch, torch.Tensor):
+            yield batch, labels
 
 
 def describe(images: Any, count: int) -> str:
@@ -133,52 +172,6 @@ def describe(images: Any, count: int) -> str:
     return images.description if isinstance(images, ImageSet) else f"{count} images passed by the caller"
 
 
-def _filename(dataset: Any, index: int) -> str:
-    if isinstance(dataset, Subset):
-        dataset, index = dataset.dataset, dataset.indices[index]
-    try:
-        return str(dataset.filename(index))
-    except (AttributeError, AssertionError, KeyError, TypeError, NotImplementedError):  # not every reader has names
-        return f"image {index}"
-
-
-class _Readable(Dataset):
-    """Gives (image, label, None), or (None, label, (name, reason)) for an image that cannot be read."""
-
-    def __init__(self, dataset: Any, transform: Any, mode: str) -> None:
-        self.dataset, self.transform, self.mode = dataset, transform, mode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, int, tuple[str, str] | None]:
-        base: Any = self.dataset
-        at = index
-        if isinstance(base, Subset):
-            base, at = base.dataset, base.indices[index]
-        try:
-            if hasattr(base, "reader"):  # timm's own __getitem__ would put the next image in the place of a broken one
-                stream, label, *_ = base.reader[at]
-                with stream:
-                    image = Image.open(stream).convert(base.input_img_mode)
-            else:
-                image, label, *_ = base[at]
-                image = image.convert(self.mode)
-        except _UNREADABLE as error:
-            return None, -1, (_filename(base, at), first_line(error))
-        return self.transform(image), -1 if label is None else int(label), None
-
-
-def _collate(
-    items: list[tuple[torch.Tensor | None, int, tuple[str, str] | None]],
-) -> tuple[torch.Tensor | None, torch.Tensor | None, dict[str, str]]:
-    good = [(image, label) for image, label, _ in items if image is not None]
-    skipped = dict(problem for *_, problem in items if problem is not None)
-    if not good:
-        return None, None, skipped
-    return torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), skipped
-
-
 def load_images(
     model: nn.Module,
     data_dir: str | Path | None,
@@ -189,6 +182,8 @@ def load_images(
     workers: int = 0,
     labels: bool = True,
     max_skipped: int = 10,
+    samples: int | None = None,
+    seed: int = 42,
     **config: Any,
 ) -> ImageSet:
     """Return one split of a data set with the transform that the model's own data config asks for.
@@ -202,10 +197,12 @@ def load_images(
         batch_size, workers: of the loader.
         labels: False to ignore the folder names.
         max_skipped: how many unreadable images to tolerate.
+        samples, seed: how many images to draw at random, and what draws them; default: all.
         config: overrides of the data config: input_size, img_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Raises:
-        ArgumentError: the path does not exist.
+        ArgumentError: the path does not exist, an unknown keyword, or a folder of which it is not clear what its
+            splits are.
         DataError: no images, or labels that do not fit the model.
 
     >>> from normswap.demo import FOLDER, MODEL
@@ -216,49 +213,68 @@ def load_images(
     >>> batch.shape, labels.shape
     (torch.Size([5, 3, 32, 32]), torch.Size([5]))
     """
-    overrides = {k: v for k, v in config.items() if v is not None}
-    try:
-        data_config = resolve_input_data_config(model, args=overrides)
-        transform = create_transform(**data_config, is_training=False)
-    except (AssertionError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise ArgumentError(f"no transform can be made of {overrides}: {type(error).__name__}: {error}") from error
+    root = None if data_dir is None else Path(data_dir)
+    if dataset in _FOLDERS and root is not None:
+        root = split_root(root, split)
+    images = _open(model, root, split, dataset, class_map, labels, config)
+    if root is not None and root != Path(data_dir or "") and not is_called(root, split):
+        images.notes += (f"{data_dir} has no split {split}: {root.name} is used",)
+    images.batch_size, images.workers, images.max_skipped = batch_size, workers, max_skipped
+    return images if samples is None else images.draw(samples, seed)
+
+
+def _open(
+    model: nn.Module,
+    root: Path | None,
+    split: str,
+    dataset: str,
+    class_map: str | None,
+    labels: bool,
+    config: dict[str, Any],
+) -> ImageSet:
+    """Return the images at ``root``, where the split itself lies if it is a folder; see `load_images`."""
+    data_config, transform = _transform(model, config)
     channels = data_config["input_size"][0]
     if channels not in (1, 3):
         raise DataError(f"the model takes {channels} channels; images are read with 1 or 3")
-    root = None if data_dir is None else Path(data_dir)
-    if not dataset:
-        if root is None:
-            raise ArgumentError("which images? Give `data_dir` or `dataset`")
-        root = _split_or_root(root, split)
-    elif not dataset.startswith("hfds/") and root is None:
+    if not dataset and root is None:
+        raise ArgumentError("which images? Give `data_dir` or `dataset`")
+    if not dataset.startswith("hfds/") and root is None:
         raise ArgumentError(f"`dataset` {dataset} also needs `data_dir`, the folder it lies in")
     mode = "L" if channels == 1 else "RGB"
     found = _create(dataset, root, split, class_map, mode)
-    expected = getattr(model, "num_classes", 0)
-    classes = _num_classes(found) if labels else None
-    if labels and isinstance(found, Stream) and expected:
-        classes = classes or expected  # checked with every batch
     where = f"{dataset or root} ({split})" if dataset else str(root)
-    if classes is not None and expected and classes != expected:
-        raise DataError(
-            f"{where} has {classes} classes and the model has {expected}: give `class_map`, or `labels=False` to "
-            f"compare with the original only"
-        )
+    is_folder = dataset in _FOLDERS and root is not None
+    fitted = fit_labels(model, found, where, class_map is None, is_folder) if labels else Labels()
     short = where if dataset or root is None else f"{root.resolve().parent.name}/{root.name}"
-    description = f"{len(found)} images of {short}"
     return ImageSet(
         found,
         transform,
-        description,
-        classes,
+        f"{len(found)} images of {short}",
+        fitted.classes,
         tuple(data_config["input_size"]),
         mode,
-        batch_size,
-        workers,
-        max_skipped,
         mean=tuple(data_config["mean"]),
         std=tuple(data_config["std"]),
+        label_order=fitted.order,
+        files=count_files(root, getattr(found, "reader", found)) if is_folder and root is not None else None,
+        notes=fitted.notes,
     )
+
+
+def _transform(model: nn.Module, config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return timm's data config of the model with the overrides in it, and the transform it asks for."""
+    for name in config:
+        if name not in _CONFIG:
+            close = difflib.get_close_matches(name, (*_CONFIG, "samples", "seed", "batch_size", "workers", "labels"), 1)
+            hint = f"; did you mean `{close[0]}`?" if close else f"; beside its own it takes {', '.join(_CONFIG)}"
+            raise ArgumentError(f"load_images takes no argument {name!r}{hint}")
+    overrides = {k: v for k, v in config.items() if v is not None}
+    try:
+        data_config = resolve_input_data_config(model, args=overrides)
+        return data_config, create_transform(**data_config, is_training=False)
+    except (AssertionError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise ArgumentError(f"no transform can be made of {overrides}: {type(error).__name__}: {error}") from error
 
 
 def load_splits(
@@ -281,60 +297,45 @@ def load_splits(
         options: the other arguments of `load_images`.
 
     Raises:
-        ArgumentError, DataError, first_line: see `load_images`.
+        ArgumentError, DataError: see `load_images`.
     """
-    if dataset or data_dir is None:
-        names = [train_split, split]
+    if dataset in _FOLDERS and data_dir is not None:
+        train, evaluated = split_roots(Path(data_dir), train_split, split)
+        one = train == evaluated
+        # Where only the other split is there, that is the one to look for.
+        if one and not is_called(evaluated, split) and is_called(evaluated, train_split):
+            split = train_split
     else:
-        roots = {name: _split_or_root(Path(data_dir), name) for name in (train_split, split)}
-        names = [name for name, root in roots.items() if root != Path(data_dir)] or [split]
-    evaluation = load_images(model, data_dir, names[-1], dataset, **options)
-    if names[0] == names[-1]:
+        one = train_split == split
+    evaluation = load_images(model, data_dir, split, dataset, **options)
+    if one:
         return evaluation, evaluation
     if not train_labels:
         options["labels"] = False
-    return load_images(model, data_dir, names[0], dataset, **options), evaluation
-
-
-def _split_or_root(root: Path, split: str) -> Path:
-    found = find_split(root, split)
-    if found is None and split not in (*_TRAIN, *_EVAL):  # a folder without splits has none of the usual ones either
-        raise ArgumentError(f"{root}: no split {split!r}, neither as a folder nor as {split}.tar")
-    return found or root
-
-
-def find_split(root: Path, split: str) -> Path | None:
-    """Return the folder or .tar of a split below ``root`` under any of timm's names for it, None if there is none.
-
-    Raises:
-        ArgumentError: ``root`` does not exist.
-    """
-    if not root.exists():
-        raise ArgumentError(f"{root}: no such folder or tar file")
-    names = next((group for group in (_TRAIN, _EVAL) if split in group), ())
-    for name in dict.fromkeys((split, *names)):
-        for candidate in (root / name, root / f"{name}.tar"):
-            if root.is_dir() and candidate.exists():
-                return candidate
-    return None
+    return load_images(model, data_dir, train_split, dataset, **options), evaluation
 
 
 def _create(dataset: str, root: Path | None, split: str, class_map: str | None, mode: str) -> Any:
     where = f"{dataset or root}"
+    # What wds/ and hfids/ decode they hand over as it is, for 16 bits to be scaled here.
+    decoded = "" if dataset.lower().startswith(("wds/", "hfids/")) else mode
     try:
-        found = create_dataset(
-            dataset,
-            root=None if root is None else str(root),
-            split=split,
-            search_split=False,
-            class_map=class_map,  # type: ignore[arg-type]  # timm takes a file name as well
-            input_img_mode=mode,
-        )
+        with all_suffixes():
+            found = create_dataset(
+                dataset,
+                root=None if root is None else str(root),
+                split=split,
+                search_split=False,
+                class_map=class_map,  # type: ignore[arg-type]  # timm takes a file name as well
+                input_img_mode=decoded,
+            )
     except ImportError as error:
         raise DataError(f"{where}: timm needs another package for it: {error}") from error
     except Exception as error:  # timm's readers raise RuntimeError, ValueError and AssertionError for "no images"
-        empty = "not enough values to unpack" in str(error)
-        raise DataError(f"{where}: no images in it" if empty else f"{where}: {first_line(error)}") from error
+        empty = "not enough values to unpack" in str(error) or "Found 0 images" in str(error)
+        raise DataError(f"{where}: {_what_lies_there(root) if empty and root else first_line(error)}") from error
+    if hasattr(found, "loader"):  # torchvision's clips wide pixels
+        found.loader = open_rgb
     if not isinstance(found, IterableDataset):
         return found
     if len(found) == 0:  # type: ignore[arg-type]  # timm's has a length
@@ -345,18 +346,8 @@ def _create(dataset: str, root: Path | None, split: str, class_map: str | None, 
     return Stream(found)
 
 
-def _num_classes(dataset: Any) -> int | None:
-    """Return how many classes the labels have; None for a flat folder, whose only class says nothing."""
-    count = len(_classes(dataset))
-    return count if count > 1 else None
-
-
-def _classes(dataset: Any) -> list[str]:
-    """Return the names of the classes in the order of the labels."""
-    reader = getattr(dataset, "reader", dataset)
-    for name in ("class_to_idx", "class_name_to_idx", "classes"):
-        classes = getattr(reader, name, None)
-        if classes:
-            names = sorted(classes, key=lambda c: classes[c]) if isinstance(classes, dict) else classes
-            return [str(name) for name in names]
-    return []
+def _what_lies_there(root: Path) -> str:
+    """Say why no images were found."""
+    left = count_files(root).left
+    there = f"; there are {FileCount(left=left).line().rpartition(': ')[2]}" if left else ""
+    return f"no images in it{there}; read are {', '.join(SUFFIXES)}"

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import ArgumentError, first_line
+from .ranges import refuse_integers
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -60,8 +61,7 @@ def pair_of(item: Any) -> Pair:
         shape = "" if images is None else f" {list(images.shape)}"
         hint = ": a transform to tensors is missing" if hasattr(found, "getbands") else ""
         raise ArgumentError(f"{_TAKEN}; there is {_kind(found)}{shape}{hint}")
-    if not images.is_floating_point():
-        raise ArgumentError(f"images are {_dtype(images)}: give them as the model wants them, in float and normalised")
+    refuse_integers(images)
     images = images.detach()
     count = len(images) if images.ndim == 4 else 1
     # What was made in inference mode can take no part in a gradient.

@@ -1,7 +1,7 @@
 """A look at the first batch of everything, and at one answer of the model, before hours of work depend on them."""
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import nn
 
 from ..errors import ArgumentError, ModelRefusedError, first_line
 from ..inputs.batches import checked
-from ..inputs.dataset import ImageSet
+from ..inputs.dataset import ImageSet, held_batches
+from ..inputs.labels import check_labels
+from ..inputs.ranges import check_range
 from ..model_utils import eval_mode, has_classes, single_output
 
 
@@ -80,3 +82,29 @@ def _peeked(images: Iterable[Any], name: str) -> tuple[tuple[torch.Tensor, torch
     if first is None:
         raise ArgumentError(f"{name}: there are no images")
     return first, chain([first], pairs) if isinstance(images, Iterator) else images
+
+
+def look_at(model: nn.Module, given: Iterable[Any], items: list[Any], evaluation: Iterable[Any]) -> None:
+    """Refuse whole numbers for pixels and labels of no class, and warn of pixels that do not look normalised.
+
+    Looks at what is in memory only: an `ImageSet` is normalised by itself, and a stream can be gone through once.
+
+    Args:
+        model: what they are for.
+        given: calibration images as the caller passed them.
+        items: the same in a list: batches `[B, C, H, W]`, or tuples that start with one.
+        evaluation: the same for the evaluation, with labels `[B]` behind the images; may be ``items``.
+
+    Raises:
+        ArgumentError: see `check_range` and `check_labels`.
+    """
+    looked_at: list[Iterable[Any]] = [] if isinstance(given, ImageSet) else [items]
+    looked_at += [] if evaluation is items else [evaluation]
+    for images in looked_at:
+        for batch, _ in islice(held_batches(images), 1):
+            check_range(batch, model)
+    if not has_classes(model):
+        return
+    for batch, labels in held_batches(evaluation):
+        if labels is not None:
+            check_labels(labels, len(batch), getattr(model, "num_classes", None))

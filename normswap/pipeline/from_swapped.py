@@ -15,6 +15,7 @@ from ..finetuning.finetune import finetune
 from ..finetuning.options import FinetuneOptions
 from ..inputs.batches import BATCH_SIZE, checked, rebatched
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.overlap import note_overlap
 from ..outputs.save import describe_edits
 from ..outputs.swapped_checkpoint import Swapped
 from ..progress import Progress, no_progress
@@ -86,6 +87,7 @@ def finetune_swapped(
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
     report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
     report.evaluation_data = describe(evaluation, last[-1].n)
+    note_overlap(report, evaluation, [items])
 
 
 @known_context()
@@ -129,7 +131,7 @@ def fuse(
         if original is not None:
             _judge(report, report.stages)
         report.worst, thumbnails = pictured(worst, images, fused)
-        report.evaluation_data = describe(images, report.stages[-1].n)
+        report.evaluation_data, report.overlap = describe(images, report.stages[-1].n), None
     if not report.fold_max_abs_err <= evaluation.atol:
         problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, evaluation.atol)
         raise CheckFailedError(f"{problem}: not saved", report)

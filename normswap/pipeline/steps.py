@@ -20,6 +20,7 @@ from ..finetuning.holdout import hold_out
 from ..inputs.batches import ImageBatches
 from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.overlap import note_overlap
 from ..model_utils import eval_mode, has_classes, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
 from ..outputs.save import describe_edits
@@ -33,7 +34,7 @@ from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms, max_difference
 from .checks import fold_problem, pictured
 from .conversion import Conversion
-from .first_look import FirstLook
+from .first_look import FirstLook, look_at
 from .options import EvaluationOptions, FinetuneStage
 
 
@@ -162,6 +163,7 @@ def prepared(request: Request) -> Work:
     named = items if parted else request.images
     if request.eval_images is not None:
         source = named = request.eval_images
+    look_at(model, request.images, items, source)
     counted = request.eval_images is None or isinstance(named, ImageSet)
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
@@ -284,6 +286,7 @@ def measured(work: Work) -> None:
         )
     if work.source_data is None:
         report.evaluation_data = describe(work.source, report.stages[0].n)
+    note_overlap(report, work.named, [request.images, work.training])
     report.worst, work.thumbnails = pictured(worst, work.named, request.model)
     sets = [images for images in (request.images, request.eval_images) if isinstance(images, ImageSet)]
     report.skipped_images = sorted({name for images in sets for name in images.skipped})

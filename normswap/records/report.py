@@ -200,6 +200,7 @@ class ConversionReport:
     created_biases: list[str] = field(default_factory=list)
     stock_timm: str | None = None
     worst: list[WorstImage] = field(default_factory=list)
+    overlap: int | None = None  # evaluation images that were calibrated or trained on too; None if not known
     skipped_images: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)

@@ -10,7 +10,8 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 
 from normswap import ArgumentError, DataError, load_images, load_model
 from normswap.demo import FOLDER, MODEL
-from normswap.inputs.dataset import find_split, load_splits
+from normswap.inputs.dataset import load_splits
+from normswap.inputs.splits import find_split
 
 
 @pytest.fixture(scope="module")

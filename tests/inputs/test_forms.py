@@ -112,8 +112,8 @@ def test_single_images_come_in_batches_and_are_read_one_batch_ahead_at_most():
 
 X = torch.zeros(4, 3, 8, 8)
 REFUSED = {
-    "images are uint8": X.to(torch.uint8),
-    "images are int64": [X.long()],
+    "images are whole numbers .uint8.": X.to(torch.uint8),
+    "images are whole numbers .int64.": [X.long()],
     "a path: read the images with normswap.load_images": "train",
     "this is NoneType|this is None": None,
     "one Tensor of images must be .*not .3, 8, 8.": X[0],

@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -107,3 +108,53 @@ def test_hugging_faces_datasets(model, tmp_path):
     calibration, evaluation = load_splits(model, tmp_path / "cache", "train", "validation", f"hfds/{folder}")
     assert (len(calibration), len(evaluation), evaluation.num_classes) == (20, 20, 10)
     assert _labels(evaluation) == [i % 10 for i in range(20)]
+
+
+def _shard(root: Path, files: list[bytes]) -> str:
+    webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
+    with webdataset.TarWriter(str(root / "all.tar")) as writer:
+        for place, data in enumerate(files):
+            writer.write({"__key__": f"{place:05d}", "png": data, "cls": str(place % 10)})
+    return f"all.tar|{len(files)}"
+
+
+def test_wide_pixels_of_a_stream_are_scaled(tmp_path, model):
+    files = []
+    for dtype in (np.uint8, np.uint16):
+        file = io.BytesIO()
+        grey = np.arange(256, dtype=dtype).reshape(16, 16) * (257 if dtype == np.uint16 else 1)
+        Image.fromarray(grey).save(file, "PNG")
+        files.append(file.getvalue())
+    ((images, _),) = load_images(model, tmp_path, _shard(tmp_path, files), "wds/wide")
+    assert torch.equal(images[0], images[1])
+    assert images.std() > 0.3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_of_a_stream_are_counted(tmp_path, model, workers):
+    split = _shard(tmp_path, [_png(0), b"broken", _png(2), _png(3)])
+    images = load_images(model, tmp_path, split, "wds/broken", workers=workers)
+    assert _labels(images) == [0, 2, 3]
+    assert list(images.skipped) == ["image 3"]
+    assert "the stream ended before it" in images.skipped["image 3"]
+    with pytest.raises(DataError, match=r"1 images of .* cannot be read"):
+        list(load_images(model, tmp_path, split, "wds/broken", workers=workers, max_skipped=0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_a_stream_that_cannot_be_brought_to_a_tensor_is_named(shards, model, workers):
+    images = load_images(model, shards, "train", "wds/digits", workers=workers)
+    images.transform = _ThirdFails(images.transform)
+    assert len(_labels(images)) == COUNT - 1
+    assert images.skipped == {"image 2": "codec -2"}
+
+
+class _ThirdFails:
+    def __init__(self, transform):
+        self.transform, self.calls = transform, 0
+
+    def __call__(self, image):
+        self.calls += 1
+        if self.calls == 3:
+            raise RuntimeError("codec -2")
+        return self.transform(image)

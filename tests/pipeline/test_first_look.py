@@ -33,7 +33,7 @@ FOUND = {
     "labels from 1": ([(X, LABELS + 1)], "`eval_images`: label 7, and the model has classes 0 to 6"),
     "another size": ([X[..., :16, :16]], r"`eval_images`: the model cannot run on images of \[3, 16, 16\]"),
     "channels last": ([X.movedim(1, -1)], r"`eval_images`: .*\[32, 32, 3\].*are the channels last"),
-    "integers": ([X.byte()], "`eval_images`: images are uint8"),
+    "integers": ([X.byte()], "`eval_images`: images are whole numbers .uint8."),
     "none": ([], "`eval_images`: there are no images"),
 }
 
@@ -64,7 +64,7 @@ def test_evaluation_images_are_looked_at_before_the_work(name, once, no_work):
         (FinetuneStage(FinetuneOptions(labels=1.0), images=[X]), "`images` of the fine-tuning: .*no labels"),
         (FinetuneStage(FinetuneOptions(labels=1.0)), "`images`: .*no labels"),
         (FinetuneStage(FinetuneOptions(labels=1.0), images=[(X, LABELS + 1)]), "`images` of the fine-tuning: label 7"),
-        (FinetuneStage(held_out=[X.byte()]), "`held_out`: images are uint8"),
+        (FinetuneStage(held_out=[X.byte()]), "`held_out`: images are whole numbers .uint8."),
     ],
 )
 def test_images_of_the_fine_tuning_are_looked_at_before_the_work(stage, says, no_work):
