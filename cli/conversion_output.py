@@ -26,6 +26,8 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     if len(report.skipped_images) > 3:
         console.say("skipped", f"{len(report.skipped_images)} images in all")
     console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
+    if report.fold_warning is not None:
+        console.say("note", report.fold_warning)
     return _tables(report, verbose)
 
 

@@ -251,6 +251,7 @@ def _say_what_is_done(console: Console, options: dict[str, Any], job: _Job) -> N
     if job.training is not None:
         text = f"{job.training.epochs} epochs, on {job.train.description}; {len(job.held_out)} others held out"
         console.say("finetune", text)
+        a.say_resumed(console, options)
 
 
 def _convert(console: Console, options: dict[str, Any], job: _Job) -> Any:

@@ -59,7 +59,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "outputs": ("options", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
-    "pipeline": ("open_model", "options", "conversion", "checks", "steps", "convert", "from_swapped"),
+    "pipeline": ("open_model", "options", "conversion", "checks", "resumption", "steps", "convert", "from_swapped"),
     "demo": (),
 }
 ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]

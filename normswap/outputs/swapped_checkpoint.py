@@ -70,8 +70,7 @@ def save_swapped(out: str | Path, swapped: Swapped, options: SaveOptions | None 
         "keep": [site.path for site in plan.sites if site.verdict == KEEP],
         "input_size": list(plan.input_size),
         "verdicts": _verdicts(plan),
-        "eps": {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)},
-        "edits": describe_edits(swapped.original, model) | {"identity": [], "affine": {}, "keep": {}},
+        **describe_swapped(swapped.original, model),
         "command": options.command,
         "report": swapped.report.to_json(),
     }
@@ -115,10 +114,7 @@ def load_swapped(path: str | Path) -> Swapped:
         if _verdicts(plan) != record["verdicts"]:
             raise CheckpointError(f"{path}: this version of normswap plans this architecture otherwise: convert again")
         ffn_bn: FfnBn = report.ffn_bn  # type: ignore[assignment]
-        model = swap_norms(original, plan, ffn_bn)
-        apply_edits(model, record["edits"])
-        for name, eps in record["eps"].items():
-            model.get_submodule(name).eps = eps
+        model = rebuild_swapped(swap_norms(original, plan, ffn_bn), record)
         state = load_file(path / SWAPPED_WEIGHTS)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
@@ -128,6 +124,21 @@ def load_swapped(path: str | Path) -> Swapped:
     check_keys(str(path / SWAPPED_WEIGHTS), model.state_dict(), state)
     model.load_state_dict(state, strict=True)
     return Swapped(model.eval(), original.to("meta"), plan, report)
+
+
+def describe_swapped(original: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Return what `rebuild_swapped` needs beyond the weights, as plain JSON types."""
+    edits = describe_edits(original, model) | {"identity": [], "affine": {}, "keep": {}}
+    eps = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
+    return {"eps": eps, "edits": edits}
+
+
+def rebuild_swapped(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Give a model fresh from `swap_norms`, in place, what `describe_swapped` found; return it."""
+    apply_edits(model, record["edits"])
+    for name, eps in record["eps"].items():
+        model.get_submodule(name).eps = eps
+    return model
 
 
 def is_swapped(model: str) -> bool:
@@ -151,12 +162,16 @@ def _report(record: dict[str, Any]) -> ConversionReport:
         setattr(found, key, [kind(**row) for row in record[key]])
     found.worst = [_worst(row) for row in record["worst"]]
     if record["budget"] is not None:
-        lists = {"trials": Trial, "costs": SiteCost}
-        rows = {key: [kind(**row) for row in record["budget"][key]] for key, kind in lists.items()}
-        found.budget = BudgetRecord(**record["budget"] | rows)
+        found.budget = read_budget(record["budget"])
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
     return found
+
+
+def read_budget(record: dict[str, Any]) -> BudgetRecord:
+    """Return the record of a search from its plain form."""
+    lists: dict[str, Any] = {"trials": Trial, "costs": SiteCost}
+    return BudgetRecord(**record | {key: [kind(**row) for row in record[key]] for key, kind in lists.items()})
 
 
 def _worst(row: dict[str, Any]) -> WorstImage:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..finetuning.run_state import TrainingState
 from ..outputs.options import SaveOptions
 from ..outputs.save import Finished, save_folder
 from ..outputs.swapped_checkpoint import Swapped, save_swapped
@@ -33,12 +34,20 @@ class Conversion:
     _probe: torch.Tensor = field(repr=False)
     _original: nn.Module = field(repr=False)  # on the meta device
     _thumbnails: list[str] = field(repr=False, default_factory=list)
+    _state: TrainingState | None = field(repr=False, default=None)  # of the run, until its result is saved
 
     def save(self, out: str | Path, options: SaveOptions | None = None) -> None:
         """Write the output folder, all or nothing; see `normswap.outputs.save.save_folder` for files and errors."""
         finished = Finished(self.model, self.report, self._edits, self._probe, self._thumbnails)
         save_folder(out, finished, options)
+        self._run_is_over()
 
     def save_swapped(self, out: str | Path, options: SaveOptions | None = None) -> None:
         """Write ``swapped`` as a folder, all or nothing; see `normswap.save_swapped` for files and errors."""
         save_swapped(out, Swapped(self.swapped, self._original, self.plan, self.report), options)
+        self._run_is_over()
+
+    def _run_is_over(self) -> None:
+        if self._state is not None:
+            self._state.remove()
+            self._state = None

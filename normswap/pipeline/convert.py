@@ -50,8 +50,9 @@ def convert(
         ModelRefusedError, NoLayerNormError: see `make_plan`.
         CalibrationError, FoldError: statistics, training or folded weights that are not finite.
         CheckpointError, OutputError, MissingExtraError: from `normswap.finetune`.
-        CheckFailedError: fused and unfused differ by more than ``evaluation.atol``, or the accuracy budget is not
-            met; its ``report`` holds what was measured, and its ``conversion`` what misses nothing but the budget.
+        CheckFailedError: the fold is not exact, fused and unfused differ by more than ``evaluation.atol``, or the
+            accuracy budget is not met; its ``report`` holds what was measured, and its ``conversion`` what misses
+            nothing but the budget.
 
     >>> from normswap.demo import FOLDER, MODEL
     >>> model = normswap.load_model(MODEL)

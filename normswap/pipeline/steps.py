@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ..calibration.options import CalibrationOptions
+from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
+from ..finetuning.run_state import TrainingState
 from ..inputs.batches import ImageBatches
 from ..inputs.dataset import ImageSet, describe
 from ..model_utils import eval_mode, has_classes, meta_copy
@@ -27,10 +29,11 @@ from ..records.budget import BudgetRecord
 from ..records.report import ConversionReport, Finetuning
 from ..search.budget import NO_HEAD, AccuracyBudget
 from ..search.trials import Attempt, Trials
-from ..surgery.fold import created_biases, fold_norms, max_difference
-from .checks import fold_problem, pictured
+from ..surgery.fold import created_biases, fold_norms
+from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .options import EvaluationOptions, FinetuneStage
+from .resumption import calibration_fingerprint, opened, recall, remember
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Work:
         source, named: what is evaluated on, and the same as the set that names its images.
         source_data: which images these are, in words; None until they are counted.
         training, held_out: images of the fine-tuning; None without.
+        state, resumed: the file of the training run, None where none is kept, and whether the run goes on from it.
+        fingerprint: what tells this calibration from others.
         clock: seconds per step.
         outputs: of the original on the evaluation images, by number of the batch, where the search has them.
         attempt: the calibrated conversion.
@@ -96,7 +101,7 @@ class Work:
         trained: calibrated, and fine-tuned if that was asked for; not folded.
         finetuning: the record of the fine-tuning.
         controls: the fine-tuned copy of the unconverted model, by stage name.
-        fused, difference: the folded model, and by how much its outputs differ from those of ``trained``.
+        fused, fold: the folded model, and how its outputs differ from those of ``trained``.
         report, thumbnails: what was measured, and pictures of the images that changed most.
     """
 
@@ -111,6 +116,9 @@ class Work:
     training: Iterable[Any] | None
     held_out: list[Any] | None
     clock: Clock
+    state: TrainingState | None
+    resumed: bool
+    fingerprint: dict[str, Any]
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     attempt: Attempt = field(init=False)
     budget: BudgetRecord | None = None
@@ -118,7 +126,7 @@ class Work:
     finetuning: Finetuning | None = None
     controls: dict[str, nn.Module] = field(default_factory=dict)
     fused: nn.Module = field(init=False)
-    difference: float = field(init=False)
+    fold: FoldCheck = field(init=False)
     report: ConversionReport = field(init=False)
     thumbnails: list[str] = field(init=False)
 
@@ -155,6 +163,11 @@ def prepared(request: Request) -> Work:
     counted = request.eval_images is None or isinstance(named, ImageSet)
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
+    source_data = describe(named, batches.image_count) if counted else None
+    fingerprint = calibration_fingerprint(
+        original, plan, batches, request.ffn_bn, request.calibration, request.budget, source_data
+    )
+    state, resumed = opened(stage, fingerprint)
     work = Work(
         request,
         original,
@@ -163,10 +176,13 @@ def prepared(request: Request) -> Work:
         calibration_data=describe(items if parted else request.images, batches.image_count),
         source=source,
         named=named,
-        source_data=describe(named, batches.image_count) if counted else None,
+        source_data=source_data,
         training=training,
         held_out=held_out,
         clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
+        state=state,
+        resumed=resumed,
+        fingerprint=fingerprint,
     )
     with eval_mode(model), torch.no_grad(), work.clock("forward_pass"):
         for i, batch in enumerate(batches):
@@ -176,7 +192,23 @@ def prepared(request: Request) -> Work:
 
 
 def calibrated(work: Work) -> None:
-    """Swap and calibrate; where a budget is to be held, as often as the search wants."""
+    """Swap and calibrate, where a budget is to be held as often as the search wants; or take up what a run kept."""
+    kept = work.state
+    if kept is not None and kept.calibration is not None:
+        found = recall(kept.calibration, work.original, work.plan, work.request.ffn_bn)
+        work.attempt, work.budget, seconds = found
+        work.clock.seconds |= seconds
+    else:
+        _calibrate(work)
+        if kept is not None and not work.resumed and world()[0] == 0:
+            seconds = {key: value for key, value in work.clock.seconds.items() if key == "search"}
+            remember(kept, work.fingerprint, work.original, work.attempt, work.budget, seconds)
+    work.plan = work.attempt.plan
+    work.clock.seconds["calibrate"] = work.attempt.seconds
+    work.trained = work.attempt.calibrated
+
+
+def _calibrate(work: Work) -> None:
     request = work.request
     if request.budget.limit(len(work.plan.swapped_sites)):
         if isinstance(work.source, Iterator):  # it is gone through more than once
@@ -200,9 +232,6 @@ def calibrated(work: Work) -> None:
         work.attempt = Attempt.make(
             work.original, work.plan, work.batches, request.ffn_bn, request.calibration, request.progress
         )
-    work.plan = work.attempt.plan
-    work.clock.seconds["calibrate"] = work.attempt.seconds
-    work.trained = work.attempt.calibrated
 
 
 def finetuned(work: Work) -> None:
@@ -225,8 +254,8 @@ def finetuned(work: Work) -> None:
             work.original,
             stage.options,
             held_out=held_out,
-            state=stage.state,
-            resume=stage.resume,
+            state=work.state,
+            resume=work.resumed,
             progress=progress,
         )
 
@@ -235,7 +264,7 @@ def folded(work: Work) -> None:
     """Fold every BatchNorm, and compare the outputs before and after on the calibration images."""
     with work.clock("fold"):
         work.fused = fold_norms(work.trained, input_size=work.plan.input_size)
-        work.difference = max_difference(work.trained, work.fused, work.batches)
+        work.fold = FoldCheck.of(work.trained, work.fused, work.batches, work.plan.input_size)
 
 
 def measured(work: Work) -> None:
@@ -280,9 +309,9 @@ def _report(work: Work) -> ConversionReport:
         refine_steps=fitted.refine_steps,
         finetuning=work.finetuning,
         budget=work.budget,
-        fold_max_abs_err=work.difference,
         created_biases=created_biases(work.original, work.fused),
         seconds=work.clock.seconds,
+        **work.fold.record,
     )
 
 
@@ -293,10 +322,10 @@ def checked(work: Work) -> Conversion:
         CheckFailedError: the fold is not exact, or the accuracy budget is not met.
     """
     request, report = work.request, work.report
-    budget, atol = request.budget, request.evaluation.atol
-    if not work.difference <= atol:
-        problem = fold_problem(work.trained, work.batches, work.plan, work.difference, atol)
-        raise CheckFailedError(f"{problem}: not saved", report)
+    budget = request.budget
+    inexact = work.fold.problem(request.evaluation.atol)
+    if inexact is not None:
+        raise CheckFailedError(f"{inexact}: not saved", report)
     work.fused.train(request.model.training)
     conversion = Conversion(
         work.fused,
@@ -307,6 +336,7 @@ def checked(work: Work) -> Conversion:
         work.batches[0],
         meta_copy(work.original),
         work.thumbnails,
+        work.state if world()[0] == 0 else None,
     )
     first, last = report.stages[0], report.stages[-1]
     missing = budget.missing(last)

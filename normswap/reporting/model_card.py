@@ -94,6 +94,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         *(f"- {line}" for line in kept_layers(report.layers)),
         f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
         f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
+        *([f"- {report.fold_warning}"] if report.fold_warning else []),
         f"- measured on {report.evaluation_data}",
         "",
         *_stage_rows(report.stages),

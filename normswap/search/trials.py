@@ -27,6 +27,10 @@ from .budget import AccuracyBudget, Search
 from .sensitivity import IMAGES, site_costs
 
 
+# Why a LayerNorm stays that could go.
+FOR_THE_BUDGET = "stays for the accuracy budget"
+
+
 @dataclass
 class Attempt:
     """One calibrated conversion, not yet fine-tuned or folded for good.
@@ -107,7 +111,7 @@ class Trials:
         """Convert with some LayerNorms put back, and measure the fused model against the original."""
         start = time.perf_counter()
         show = self._within(f"{len(put_back)} LayerNorms put back")
-        plan = keep_more(self.original, self.plan, put_back, "stays for the accuracy budget")
+        plan = keep_more(self.original, self.plan, put_back, FOR_THE_BUDGET)
         attempt = Attempt.make(self.original, plan, self.batches, self.ffn_bn, self.options, show)
         fused = fold_norms(attempt.calibrated, input_size=plan.input_size)
         models = {"original": self.original, "fused": fused}

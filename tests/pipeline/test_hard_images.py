@@ -16,6 +16,7 @@ from normswap import (
     ArgumentError,
     CalibrationError,
     CheckFailedError,
+    EvaluationOptions,
     ModelRefusedError,
     calibrate,
     convert,
@@ -143,10 +144,15 @@ def test_half_precision(name, dtype):
 
 def test_half_precision_and_the_fold_check():
     model = family("vit", torch.bfloat16)
-    with pytest.raises(CheckFailedError, match=r"bfloat16 is coarse: convert model\.float\(\)"):
-        convert(model, [images(model, 64)])
+    coarse = convert(model, [images(model, 64)]).report
+    assert coarse.fold_float64_err < 1e-12
+    assert coarse.fold_max_rel_err > 1e-3
+    assert coarse.fold_warning.endswith("bfloat16 is coarse: convert model.float()")
+    with pytest.raises(CheckFailedError, match=r"more than `atol` 0.001; in float64 by .*: convert model\.float\(\)"):
+        convert(model, [images(model, 64)], evaluation=EvaluationOptions(atol=1e-3))
     result = convert(model.float(), [images(model, 64)])
     assert result.report.fold_max_abs_err < 1e-3
+    assert result.report.fold_warning is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
