@@ -179,7 +179,7 @@ def test_a_budget_below_one_batch_is_one_line(temporary, sizes):
     model = family("vit")
     x = images(model, 2 * BATCH_SIZE)
     with pytest.raises(
-        ArgumentError, match=r"--memory-budget 0\.0 MiB is too small: one batch .* takes 0\.\d MiB"
+        ArgumentError, match=r"`memory_budget` 0\.0 MiB is too small: one batch .* takes 0\.\d MiB"
     ) as e:
         _calibrated(model, [x], memory_budget=1000)
     assert e.value.exit_code == 2
@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_line(temporary, sizes, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OutputError, match=f"{temporary}.*No space left on device.*--memory-budget.*TMPDIR"):
+    with pytest.raises(OutputError, match=f"{temporary}.*No space left on device.*`memory_budget`.*TMPDIR"):
         _calibrated(model, [x], memory_budget=max(sizes))
     assert not list(temporary.iterdir())
 

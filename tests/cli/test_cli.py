@@ -224,7 +224,7 @@ def test_keep(tmp_path):
 def test_keep_that_fits_nothing(tmp_path):
     result = run("convert", *DEMO, "-o", tmp_path / "out", "--keep", "blocks.7.*", "-q")
     assert result.exit_code == 2
-    assert result.stderr == "Error: --keep 'blocks.7.*' fits none of the 9 LayerNorms, as blocks.0.norm1\n"
+    assert result.stderr == "Error: --keep 'blocks.7.*' matches none of the 9 LayerNorms (for example blocks.0.norm1)\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -84,8 +84,8 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(converted):
     (out / "report.html").mkdir()
     try:
         result = run("report", out, "-q")
-        assert result.exit_code == 1
-        assert "report.html: cannot be written" in result.stderr
+        assert result.exit_code == 2
+        assert "report.html: is not a file" in result.stderr
         assert not list(out.glob(".report*"))
     finally:
         (out / "report.html").rmdir()

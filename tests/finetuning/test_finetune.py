@@ -269,7 +269,7 @@ def test_a_state_that_cannot_be_gone_on_from(start, tmp_path):
     refused("no state of a run, or truncated")
     state.write_bytes(b"")
     refused("no state of a run, or truncated")
-    with pytest.raises(ArgumentError, match="resume needs the file"):
+    with pytest.raises(ArgumentError, match="`resume` needs `state`, the file"):
         normswap.finetune(copied(swapped), batches, original, LEARN, resume=True)
 
 
@@ -282,7 +282,7 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match="the state of the run cannot be written: No space left on device"):
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
         normswap.finetune(copied(swapped), batches, original, LEARN, state=state, save_every=0.0)
     assert state.read_text() == "old"
     assert list(tmp_path.iterdir()) == [state]
@@ -291,17 +291,17 @@ def test_a_full_disk_loses_nothing(start, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("take", "options", "text"),
     [
-        (0, {}, "at least two images, there are 0"),
+        (0, {}, "there are no images"),
         (1, {}, "at least two images, there are 1"),
         (20, {}, r"18 images to train on \(2 held out\) are fewer than one step takes, 24"),
-        (160, {"bn_mode": "off"}, "bn_mode is one of frozen, train, not 'off'"),
-        (160, {"lr": 0.0}, "lr must be above 0"),
-        (160, {"lr": float("nan")}, "lr must be above 0"),
-        (160, {"kl": -1.0}, "must not be negative"),
+        (160, {"bn_mode": "off"}, "`bn_mode` must be one of frozen, train, not 'off'"),
+        (160, {"lr": 0.0}, "`lr` must be above 0"),
+        (160, {"lr": float("nan")}, "`lr` must be above 0"),
+        (160, {"kl": -1.0}, "must be 0 or more"),
         (160, {"kl": 0.0, "features": 0.0}, "there is nothing to train for"),
-        (160, {"ema": 1.0}, "ema between 0 and 1"),
-        (160, {"hflip": 1.5}, "hflip is a probability"),
-        (160, {"scale": 0.0}, "scale a share of an image's area"),
+        (160, {"ema": 1.0}, "`ema` between 0 and 1"),
+        (160, {"hflip": 1.5}, "`hflip` must be a probability"),
+        (160, {"scale": 0.0}, "`scale` a share of an image's area"),
     ],
 )
 def test_bad_arguments(start, take, options, text):

@@ -82,7 +82,7 @@ def test_a_control_moves_with_labels_only():
     assert found.taken
     assert found.kl_before == 0
     assert found.kl_after > 0
-    with pytest.raises(ArgumentError, match="without them the original is its own teacher"):
+    with pytest.raises(ArgumentError, match="without them the original would be its own teacher"):
         normswap.convert(original, batches, finetune=normswap.FinetuneStage(control=True, options=LEARN))
 
 

@@ -103,7 +103,7 @@ def test_no_images(tmp_path, model):
         load_images(model, tmp_path / "missing", "validation")
     with pytest.raises(ArgumentError, match="no split 'night'"):
         load_images(model, FOLDER, "night")
-    with pytest.raises(ArgumentError, match="--data-dir"):
+    with pytest.raises(ArgumentError, match="`data_dir`"):
         load_images(model, None, "validation")
 
 

@@ -75,7 +75,7 @@ def test_a_stream_must_say_how_long_it_is(shards, model):
     assert len(load_images(model, shards, f"{pattern}|{COUNT}", "wds/digits")) == COUNT
     with pytest.raises(DataError, match="split nowhere not found"):
         load_images(model, shards, "nowhere", "wds/digits")
-    with pytest.raises(ArgumentError, match="needs --data-dir"):
+    with pytest.raises(ArgumentError, match="needs `data_dir`"):
         load_images(model, None, "train", "wds/digits")
 
 

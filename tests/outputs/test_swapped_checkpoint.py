@@ -85,7 +85,7 @@ def test_it_measures_on_images(tmp_path):
     assert [stage.name for stage in found.report.stages] == ["original", "swapped", "fused"]
     assert all(stage.n == 6 for stage in found.report.stages)
     assert found.report.stages[1].kl > 0.01  # random statistics
-    with pytest.raises(CheckFailedError, match=r"^fused and unfused differ by .* more than --atol 0") as error:
+    with pytest.raises(CheckFailedError, match=r"^fused and unfused differ by .* more than `atol` 0") as error:
         fuse(load_swapped(tmp_path / "swapped"), [x], evaluation=normswap.EvaluationOptions(atol=0.0))
     assert error.value.report.fold_max_abs_err > 0
 
@@ -95,7 +95,7 @@ def test_eps_comes_along(tmp_path):
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 0.3
-    result, loaded = _written(tmp_path, model, keep=["norm"])
+    result, loaded = _written(tmp_path, model, plan=normswap.make_plan(model, keep=["norm"]))
     x = images(model, 3, seed=9)
     with torch.no_grad():
         assert torch.equal(loaded.model(x), result.swapped.eval()(x))

@@ -122,7 +122,7 @@ def test_a_page_without_most_things(record):
     for stage in unlabelled["report"]["stages"]:
         stage |= {"top1": None, "top5": None}
     assert "the answer stays the same for" in render_page(unlabelled)
-    assert "Same answer as the original, %" in render_page(unlabelled)
+    assert "Top-1 agreement with the original, %" in render_page(unlabelled)
     nothing = json.loads(json.dumps(record))
     nothing["report"]["stages"] = []
     assert "Not measured." in render_page(nothing)
