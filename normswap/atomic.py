@@ -8,6 +8,7 @@ the next run puts back.
 import ctypes
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -123,7 +124,17 @@ def write_file(path: Path, text: str) -> None:
         ArgumentError, OutputError: see `new_file`.
     """
     with new_file(path, overwrite=True) as file:
-        file.write_text(text, encoding="utf-8", newline="")
+        write_text(file, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 whatever the system's encoding, with line ends as they are.
+
+    A name of a file that the system could not decode (in a C locale, any outside ASCII) gets its own letters back if
+    its bytes are UTF-8, and a replacement character if they are not.
+    """
+    known = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # halves of a letter, which are no bytes at all
+    path.write_bytes(known.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8"))
 
 
 def _check_parent(target: Path) -> None:

@@ -17,7 +17,7 @@ from timm.models import get_model_args
 from timm.models._hub import save_config_for_hf  # the public save_for_hf would write the weights its own way
 from torch import nn
 
-from ..atomic import new_folder
+from ..atomic import new_folder, write_text
 from ..errors import ArgumentError, CheckFailedError, CheckpointError, first_line
 from ..inputs.checkpoint import check_keys
 from ..layers import TokenAffine
@@ -91,13 +91,13 @@ def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None
         }
         write_json(folder / RECORD, record)
         page = page and _write_page(folder / PAGE, record)
-        (folder / CARD).write_text(model_card(report, pretrained_cfg(model), page), encoding="utf-8")
+        write_text(folder / CARD, model_card(report, pretrained_cfg(model), page))
         _prove(out, model, loaded or load(folder), finished.probe)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record as indented JSON."""
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_saveable(model: nn.Module) -> None:
@@ -288,7 +288,7 @@ def write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_confi
 def _write_page(path: Path, record: dict[str, Any]) -> bool:
     """Write report.html and return whether that was possible: hours of calibration are not lost for a picture."""
     try:
-        path.write_text(render_page(json.loads(json.dumps(record))), encoding="utf-8")
+        write_text(path, render_page(json.loads(json.dumps(record))))
     except OSError:
         raise  # a full disk would not hold the model either
     except Exception as error:
