@@ -198,14 +198,14 @@ def _prepare(console: Console, options: dict[str, Any]) -> _Job:
     """Open the model, find the images, plan, and say so."""
     from normswap import make_plan
     from normswap.inputs.dataset import load_splits
-    from normswap.outputs.save import check_saveable
+    from normswap.outputs.rebuild import check_rebuilt
     from normswap.pipeline.open_model import open_model
 
     training = a.finetuning(options)
     device = a.pick_device(options["device"])
     model = open_model(options["model"], **a.weights(options), **a.architecture(options)).to(device)
     if options["output"] is not None:
-        check_saveable(model)
+        check_rebuilt(options["model"], model)
     images, evaluation = load_splits(
         model,
         options["data_dir"],

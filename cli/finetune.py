@@ -162,7 +162,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     from normswap import load_swapped
     from normswap.atomic import check_target
     from normswap.errors import ArgumentError, CheckpointError
-    from normswap.outputs.save import model_arguments
+    from normswap.outputs.rebuild import model_arguments
     from normswap.pipeline.open_model import open_model
 
     check_target(options["output"], options["overwrite"], _sources(options))

@@ -56,7 +56,7 @@ ROAD: dict[str, tuple[str, ...]] = {
         "benchmark_charts",
         "html_report",
     ),
-    "outputs": ("options", "save", "swapped_checkpoint", "hub"),
+    "outputs": ("options", "rebuild", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
     "pipeline": ("open_model", "options", "conversion", "checks", "resumption", "steps", "convert", "from_swapped"),

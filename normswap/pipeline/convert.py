@@ -7,6 +7,7 @@ from torch import nn
 
 from ..calibration.options import CalibrationOptions
 from ..finetuning.options import FinetuneOptions
+from ..outputs.rebuild import unwrapped
 from ..planning.options import FfnBn
 from ..planning.plan import Plan
 from ..progress import Progress, no_progress
@@ -32,7 +33,8 @@ def convert(
     """Take LayerNorm out of a pretrained model and measure what that cost. ``model`` stays as it is.
 
     Args:
-        model: a timm vision transformer with its weights.
+        model: a timm vision transformer with its weights, or another model with LayerNorms that `torch.export` traces.
+            What only runs it in another way (DataParallel, a moving average of timm, `torch.compile`) is taken off.
         images: calibration images, no labels needed: any iterable of batches `[B, C, H, W]`, normalised as the
             model wants them, or of pairs of images and labels `[B]`. All are held in memory.
         eval_images: what accuracy and agreement are measured on, in the same form; default: ``images``.
@@ -65,7 +67,7 @@ def convert(
     """
     stage = FinetuneStage(finetune) if isinstance(finetune, FinetuneOptions) else finetune
     request = Request(
-        model,
+        unwrapped(model),
         images,
         eval_images,
         plan,

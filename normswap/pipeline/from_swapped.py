@@ -14,7 +14,7 @@ from ..finetuning.finetune import finetune
 from ..finetuning.options import FinetuneOptions, Resume, goes_on
 from ..inputs.batches import BATCH_SIZE, rebatched
 from ..inputs.dataset import ImageSet, describe
-from ..outputs.save import describe_edits
+from ..outputs.rebuild import describe_edits, rebuilt
 from ..outputs.swapped_checkpoint import Swapped
 from ..progress import Progress, no_progress
 from ..records.provenance import versions
@@ -133,8 +133,9 @@ def fuse(
     problem = fold.problem(evaluation.atol)
     if problem is not None:
         raise CheckFailedError(f"{problem}: not saved", report)
-    edits = describe_edits(swapped.original, fused)
-    return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, thumbnails)
+    base = rebuilt(swapped.original, swapped.original)
+    edits = describe_edits(base.base, fused)
+    return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, base, thumbnails)
 
 
 def _fold_images(images: Iterable[Any] | None, size: tuple[int, int, int], like: torch.Tensor) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from ..finetuning.run_state import TrainingState
 from ..inputs.batches import ImageBatches
 from ..inputs.dataset import ImageSet, describe
 from ..model_utils import eval_mode, has_classes, meta_copy
-from ..outputs.save import describe_edits
+from ..outputs.rebuild import Rebuilt, describe_edits, rebuilt
 from ..planning.options import FfnBn
 from ..planning.plan import Plan, make_plan
 from ..progress import Progress
@@ -94,6 +94,7 @@ class Work:
         training, held_out: images of the fine-tuning; None without.
         state, resumed: the file of the training run, None where none is kept, and whether the run goes on from it.
         fingerprint: what tells this calibration from others.
+        shadow, rebuilt: the original on the meta device, and what timm can rebuild of it.
         clock: seconds per step.
         outputs: of the original on the evaluation images, by number of the batch, where the search has them.
         attempt: the calibrated conversion.
@@ -115,6 +116,8 @@ class Work:
     source_data: str | None
     training: Iterable[Any] | None
     held_out: list[Any] | None
+    shadow: nn.Module
+    rebuilt: Rebuilt
     clock: Clock
     state: TrainingState | None
     resumed: bool
@@ -164,10 +167,12 @@ def prepared(request: Request) -> Work:
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
     source_data = describe(named, batches.image_count) if counted else None
-    fingerprint = calibration_fingerprint(
-        original, plan, batches, request.ffn_bn, request.calibration, request.budget, source_data
-    )
+    fingerprint = {}
+    if stage is not None and stage.state is not None:
+        settings = (request.ffn_bn, request.calibration, request.budget)
+        fingerprint = calibration_fingerprint(original, plan, batches, *settings, source_data)
     state, resumed = opened(stage, fingerprint)
+    shadow = meta_copy(original)
     work = Work(
         request,
         original,
@@ -179,6 +184,8 @@ def prepared(request: Request) -> Work:
         source_data=source_data,
         training=training,
         held_out=held_out,
+        shadow=shadow,
+        rebuilt=rebuilt(original, shadow, batches[0][:2]),
         clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
         state=state,
         resumed=resumed,
@@ -310,6 +317,7 @@ def _report(work: Work) -> ConversionReport:
         finetuning=work.finetuning,
         budget=work.budget,
         created_biases=created_biases(work.original, work.fused),
+        stock_timm=work.rebuilt.problem,
         seconds=work.clock.seconds,
         **work.fold.record,
     )
@@ -332,9 +340,10 @@ def checked(work: Work) -> Conversion:
         report,
         work.plan,
         work.trained,
-        describe_edits(work.original, work.fused),
+        describe_edits(work.rebuilt.base, work.fused),
         work.batches[0],
-        meta_copy(work.original),
+        work.shadow,
+        work.rebuilt,
         work.thumbnails,
         work.state if world()[0] == 0 else None,
     )

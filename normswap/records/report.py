@@ -11,6 +11,9 @@ from .budget import BudgetRecord
 from .provenance import versions
 from .worst_images import WorstImage
 
+# What loads an output folder: timm alone; normswap, on its own; normswap, into a model that the caller has.
+LOAD_WITH = ("timm.create_model", "normswap.load", "normswap.load_into")
+
 
 @dataclass(frozen=True)
 class StageMetrics:
@@ -184,6 +187,9 @@ class ConversionReport:
     ``fold_max_rel_err`` the same relative to the root mean square of the outputs, ``fold_float64_err`` that relative
     difference where both run in float64 (None where they cannot), ``fold_agreement`` the percentage of images with the
     same answer (None for headless models), and ``fold_warning`` says if rounding moved outputs more than usual.
+
+    About the folder: ``load_with`` is one of `LOAD_WITH`, ``stock_timm`` why it is not the first, and ``read_back_err``
+    the largest difference of an output after it was read back.
     """
 
     model: str
@@ -216,6 +222,8 @@ class ConversionReport:
     fold_float64_err: float | None = None
     fold_agreement: float | None = None
     fold_warning: str | None = None
+    load_with: str | None = None
+    read_back_err: float | None = None
 
     @property
     def top1_drop(self) -> float | None:

@@ -26,7 +26,6 @@ from ..surgery.swap import swap_norms
 from .budget import AccuracyBudget, Search
 from .sensitivity import IMAGES, site_costs
 
-
 # Why a LayerNorm stays that could go.
 FOR_THE_BUDGET = "stays for the accuracy budget"
 

@@ -92,9 +92,12 @@ def test_other_architectures_round_trip(tmp_path):
 
 def test_arguments_that_json_cannot_hold_are_named(tmp_path):
     model = family("swiglu")
-    with pytest.raises(ArgumentError, match="mlp_layer"):
-        convert(model, [images(model, 6)]).save(tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    result = convert(model, [images(model, 6)])
+    assert "config.json cannot hold the model's argument mlp_layer=" in result.report.stock_timm
+    result.save(tmp_path / "out")
+    x = images(model, 3, seed=9)
+    with torch.no_grad():
+        assert torch.equal(normswap.load_into(family("swiglu"), tmp_path / "out")(x), result.model(x))
 
 
 def test_a_norm_layer_class_does_not_hinder(tmp_path):
@@ -143,15 +146,6 @@ def test_a_folder_that_answers_differently_never_appears(tmp_path):
         result.save(tmp_path / "out", normswap.SaveOptions(overwrite=True))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_models_from_elsewhere_cannot_be_saved(tmp_path):
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.LayerNorm(8), nn.Linear(8, 3))
-    plan = normswap.make_plan(model, input_size=(3, 4, 4))
-    result = convert(model, [torch.randn(8, 3, 4, 4)], plan=plan)
-    assert [type(m) for m in result.model] == [nn.Flatten, nn.Linear, nn.Identity, nn.Linear]
-    with pytest.raises(ArgumentError, match="does not come from timm"):
-        result.save(tmp_path / "out")
 
 
 def test_stock_arguments_say_why_not():

@@ -116,9 +116,14 @@ def test_the_result_is_that_of_an_undisturbed_run(tmp_path, calibrations, killed
 
 def test_what_comes_after_training_can_be_lost_as_well(tmp_path, calibrations, monkeypatch):
     state = tmp_path / "run.state"
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("normswap.pipeline.steps.fold_norms", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
-        converted(state)
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("normswap.pipeline.steps.fold_norms", full)
+        with pytest.raises(MemoryError):
+            converted(state)
     result = converted(state, True)
     assert len(calibrations) == 1
     assert result.report.finetuning.resumed_at == result.report.finetuning.steps
