@@ -71,7 +71,7 @@ class Rebuilt:
     """What can be rebuilt of a model.
 
     Attributes:
-        base: what edits are made to, on the meta device: timm's architecture, or the model itself if there is a problem.
+        base: what edits are made to, on the meta device: timm's architecture, the model's own if there is a problem.
         problem: why timm cannot; None if it can.
     """
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..evaluation.worst_images import WorstImages
 from ..inputs.dataset import ImageSet
 from ..model_utils import has_classes, pretrained_cfg
+from ..outputs.rebuild import as_recorded
 from ..records.worst_images import WorstImage
 from ..surgery.fold import Difference, difference, fold_norms
 
@@ -30,7 +31,10 @@ def pictured(worst: WorstImages, images: Iterable[Any], model: nn.Module) -> tup
     """Return the images that changed most and their thumbnails, named as the set they came from names them."""
     seen = images if isinstance(images, ImageSet) else None
     config = pretrained_cfg(model)
-    found = worst.found(class_names(config, seen), seen.filename if seen else None)
+    names = class_names(config, seen)
+    if len(names) != getattr(as_recorded(model), "num_classes", len(names)):  # those of the head that was there before
+        names = seen.classes if seen else []
+    found = worst.found(names, seen.filename if seen else None)
     normalised = (seen.mean, seen.std) if seen else (config.get("mean") or (0.0,), config.get("std") or (1.0,))
     return found, worst.thumbnails(*normalised)
 

@@ -12,6 +12,7 @@ from normswap.pipeline.checks import FoldCheck
 from normswap.surgery.fold import difference, fold_norms
 from normswap.surgery.swap import batch_norms
 
+from ..cli.test_cli import one_object, run
 from ..models import family, images
 
 CHANNEL = normswap.CalibrationOptions(method="channel")
@@ -47,6 +48,18 @@ def test_rounding_is_no_reason_to_discard(tmp_path, offset):
     assert {"fold_max_abs_err", "fold_max_rel_err", "fold_float64_err", "fold_agreement", "fold_warning"} <= set(record)
     with pytest.raises(CheckFailedError, match=r"more than `atol` 0\.001; in float64 by .* so the fold is right"):
         fuse(checkpoint, [x], evaluation=EvaluationOptions(atol=1e-3))
+
+
+def test_the_command_line_notes_it(tmp_path):
+    checkpoint, _ = swapped(1e6)
+    normswap.save_swapped(tmp_path / "swapped", checkpoint)
+    done = run("fuse", "-m", tmp_path / "swapped", "-o", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert f"note       {one_object(done)['fold_warning']}" in done.stderr.splitlines()
+    strict = run("fuse", "-m", tmp_path / "swapped", "-o", tmp_path / "strict", "--atol", 0.001)
+    assert strict.exit_code == 4
+    assert "more than --atol 0.001" in strict.stderr.splitlines()[-1]
+    assert not (tmp_path / "strict").exists()
 
 
 def test_usual_rounding_is_not_worth_a_word():
