@@ -137,13 +137,21 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 whatever the system's encoding, with line ends as they are.
+    """Write a text file in UTF-8 whatever the system's encoding, with line ends as they are; see `decoded`."""
+    path.write_bytes(decoded(text).encode("utf-8"))
+
+
+def decoded(text: str) -> str:
+    """Return text that UTF-8 can write.
 
     A name of a file that the system could not decode (in a C locale, any outside ASCII) gets its own letters back if
     its bytes are UTF-8, and a replacement character if they are not.
+
+    >>> decoded("ä".encode().decode("ascii", "surrogateescape"))
+    'ä'
     """
     known = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # halves of a letter, which are no bytes at all
-    path.write_bytes(known.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("utf-8"))
+    return known.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _check_parent(target: Path) -> None:
