@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .console import Console
 from .processes import world_size
 
 
@@ -80,18 +81,21 @@ def finetuning(options: dict[str, Any]) -> Any:
 
     Raises:
         ArgumentError: invalid numbers, or --resume without a state.
+        CheckpointError: the state of the run to resume is not there.
     """
     import torch
 
     from normswap.errors import ArgumentError
-    from normswap.finetuning.options import FinetuneOptions
+    from normswap.finetuning.options import FinetuneOptions, goes_on
 
     if not options["finetune_epochs"]:
-        if options["resume"] or options["finetune_state"] or options.get("control"):
-            raise ArgumentError("--resume, --finetune-state and --control require --finetune-epochs")
+        if resume(options) or options["finetune_state"] or options.get("control"):
+            raise ArgumentError("--resume, --auto-resume, --finetune-state and --control require --finetune-epochs")
         return None
-    if options["resume"] and options["finetune_state"] is None:
-        raise ArgumentError("--resume needs the state file of a run: --finetune-state (finetune: --state)")
+    if resume(options) and options["finetune_state"] is None:
+        flag = "--auto-resume" if options["auto_resume"] else "--resume"
+        raise ArgumentError(f"{flag} needs the state file of a run: --finetune-state (finetune: --state)")
+    goes_on(options["finetune_state"], resume(options))
     chosen = FinetuneOptions(
         epochs=options["finetune_epochs"],
         lr=options["lr"],
@@ -118,6 +122,25 @@ def finetuning(options: dict[str, Any]) -> Any:
     return chosen
 
 
+def resume(options: dict[str, Any]) -> Any:
+    """Return whether a training run is resumed: True, False, or "auto" where its file decides."""
+    if options["resume"] and options["auto_resume"]:
+        from normswap.errors import ArgumentError
+
+        raise ArgumentError("--resume and --auto-resume exclude each other")
+    return "auto" if options["auto_resume"] else options["resume"]
+
+
+def say_resumed(console: Console, options: dict[str, Any]) -> None:
+    """Say whether a training run is gone on from or begun, where a file keeps its state."""
+    from normswap.finetuning.options import goes_on
+
+    state = options["finetune_state"]
+    if state is not None:
+        resumed = goes_on(state, resume(options))
+        console.say("resume", f"from {state}" if resumed else f"no, this run begins; its state will be in {state}")
+
+
 def calibration(options: dict[str, Any]) -> Any:
     """Return the `normswap.CalibrationOptions` that were asked for."""
     from normswap.calibration.options import CalibrationOptions
@@ -140,7 +163,7 @@ def finetune_stage(options: dict[str, Any], training: Any, images: Any, held_out
 
     if training is None:
         return None
-    return FinetuneStage(training, images, held_out, options["finetune_state"], options["resume"], options["control"])
+    return FinetuneStage(training, images, held_out, options["finetune_state"], resume(options), options["control"])
 
 
 def evaluation(options: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """What goes to stdout and what to stderr, and the one place where an error becomes a line and an exit code."""
 
+import io
 import json
 import logging
 import sys
@@ -33,6 +34,7 @@ class NormswapCommand(cloup.Command):
     def invoke(self, ctx: click.Context) -> Any:
         if not self.joined and not is_first():
             return None
+        _take_any_text(sys.stdout, sys.stderr)
         verbose = ctx.params.get("verbose", 0)
         if verbose and is_first():
             logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, stream=sys.stderr)
@@ -74,6 +76,13 @@ class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+def _take_any_text(*streams: Any) -> None:
+    """Let a terminal that has not every letter show a code in its place: no name of a class ends a finished run."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _line(error: Exception) -> str:

@@ -26,6 +26,8 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     if len(report.skipped_images) > 3:
         console.say("skipped", f"{len(report.skipped_images)} images in all")
     console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
+    if report.fold_warning is not None:
+        console.say("note", report.fold_warning)
     return _tables(report, verbose)
 
 
@@ -99,7 +101,7 @@ def say_what_next(console: Console, options: dict[str, Any], report: Any) -> Non
         console.say("report", f"no {PAGE}: {why}")
     if report.stock_timm is None:
         loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
-        console.say("load with", f"{loads}   (normswap not needed; checked, difference 0)")
+        console.say("load with", f"{loads}   (normswap not needed; checked, difference {report.read_back_err:.3g})")
     else:
         console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
     if options["save_swapped"] is not None:

@@ -198,14 +198,14 @@ def _prepare(console: Console, options: dict[str, Any]) -> _Job:
     """Open the model, find the images, plan, and say so."""
     from normswap import make_plan
     from normswap.inputs.dataset import load_splits
-    from normswap.outputs.save import check_saveable
+    from normswap.outputs.rebuild import check_rebuilt
     from normswap.pipeline.open_model import open_model
 
     training = a.finetuning(options)
     device = a.pick_device(options["device"])
     model = open_model(options["model"], **a.weights(options), **a.architecture(options)).to(device)
     if options["output"] is not None:
-        check_saveable(model)
+        check_rebuilt(options["model"], model)
     images, evaluation = load_splits(
         model,
         options["data_dir"],
@@ -254,6 +254,7 @@ def _say_what_is_done(console: Console, options: dict[str, Any], job: _Job) -> N
     if job.training is not None:
         text = f"{job.training.epochs} epochs, on {job.train.description}; {len(job.held_out)} others held out"
         console.say("finetune", text)
+        a.say_resumed(console, options)
 
 
 def _say_overlap(console: Console, job: _Job) -> None:

@@ -51,8 +51,9 @@ def finetune(**options: Any) -> None:
     console = Console(options["as_json"], options["quiet"])
     out: Path = options["output"]
     typed = {"against": options["against"]}
-    swapped, original, device = _open(console, options, needs_original=True)
     training = a.finetuning(options)
+    swapped, original, device = _open(console, options, needs_original=True)
+    a.say_resumed(console, options)
     train, held_out, evaluation = _draw(console, options, swapped, training)
     from normswap import finetune_swapped, save_swapped
     from normswap.reporting.conversion_tables import stages_table
@@ -66,7 +67,7 @@ def finetune(**options: Any) -> None:
             held_out=held_out,
             eval_images=evaluation,
             state=options["finetune_state"],
-            resume=options["resume"],
+            resume=a.resume(options),
             amp_dtype=a.amp_dtype(options),
             progress=progress,
         )
@@ -151,6 +152,8 @@ def fuse(**options: Any) -> None:
     report = result.report
     difference = report.fold_max_abs_err or 0.0
     console.say("fold", f"largest difference of an output, fused against unfused: {difference:.3g}")
+    if report.fold_warning is not None:
+        console.say("note", report.fold_warning)
     console.result(report.to_json(), *([stages_table(report.stages)] if report.stages else []))
     console.say("wrote", f"{out}/model.safetensors, config.json, normswap.json, README.md")
 
@@ -161,7 +164,7 @@ def _open(console: Console, options: dict[str, Any], needs_original: bool) -> tu
     from normswap import load_swapped
     from normswap.atomic import check_target
     from normswap.errors import ArgumentError, CheckpointError
-    from normswap.outputs.save import model_arguments
+    from normswap.outputs.rebuild import model_arguments
     from normswap.pipeline.open_model import open_model
 
     check_target(options["output"], options["overwrite"], _sources(options))

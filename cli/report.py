@@ -47,7 +47,7 @@ def report(folder: Path, benchmark: Path | None, as_json: bool, quiet: bool, ver
     write_file(page, text)
     result = {
         "report": str(page),
-        "bytes": len(text.encode()),
+        "bytes": page.stat().st_size,
         "benchmark": None if measured is None else str(benchmark),
     }
     console.result(result, *(() if as_json else (str(page),)))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .inputs.checkpoint import load_model
     from .inputs.dataset import load_images
     from .outputs.options import SaveOptions
-    from .outputs.save import load
+    from .outputs.save import load, load_into
     from .outputs.swapped_checkpoint import Swapped, load_swapped, save_swapped
     from .pipeline.conversion import Conversion
     from .pipeline.convert import convert
@@ -64,7 +64,7 @@ _HOMES = {
     "inputs.checkpoint": "load_model",
     "inputs.dataset": "load_images",
     "outputs.options": "SaveOptions",
-    "outputs.save": "load",
+    "outputs.save": "load load_into",
     "outputs.swapped_checkpoint": "Swapped load_swapped save_swapped",
     "pipeline.conversion": "Conversion",
     "pipeline.convert": "convert",
@@ -115,6 +115,7 @@ __all__ = [
     "fuse",
     "load",
     "load_images",
+    "load_into",
     "load_model",
     "load_swapped",
     "make_plan",

@@ -8,6 +8,7 @@ the next run puts back.
 import ctypes
 import errno
 import os
+import re
 import shutil
 import socket
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ArgumentError, OutputError
+from .errors import ArgumentError, NormswapError, OutputError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -62,7 +63,10 @@ def new_folder(target: Path, overwrite: bool = False, protect: Iterable[Path] = 
         _refuse_files(target, overwrite)  # once more: much time may have passed
         _put(staging, target)
         _sync_path(target.parent)
-    except OSError as error:
+    except Exception as error:
+        _retell(error, staging, target)
+        if not isinstance(error, OSError) or isinstance(error, NormswapError):
+            raise
         reason = error.strerror or str(error)
         kept = "; what stood there still stands" if target.exists() else ""
         raise OutputError(f"{target}: cannot be written: {reason}{kept}") from error
@@ -106,14 +110,20 @@ def new_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         for path in sorted(staging.iterdir(), key=lambda path: path.name == target.name):
             os.replace(path, target.parent / path.name)
         _sync_path(target.parent)
-    except OSError as error:
-        if isinstance(error, OutputError):
+    except Exception as error:
+        _retell(error, staging, target.parent)
+        if not isinstance(error, OSError) or isinstance(error, NormswapError):
             raise
         reason = error.strerror or str(error)
         kept = "; what stood there still stands" if target.exists() else ""
         raise OutputError(f"{target}: cannot be written: {reason}{kept}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _retell(error: Exception, staging: Path, target: Path) -> None:
+    """Put the target in the place of a folder that is gone when the error's text is read."""
+    error.args = tuple(a.replace(str(staging), str(target)) if isinstance(a, str) else a for a in error.args)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -123,7 +133,25 @@ def write_file(path: Path, text: str) -> None:
         ArgumentError, OutputError: see `new_file`.
     """
     with new_file(path, overwrite=True) as file:
-        file.write_text(text, encoding="utf-8", newline="")
+        write_text(file, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 whatever the system's encoding, with line ends as they are; see `decoded`."""
+    path.write_bytes(decoded(text).encode("utf-8"))
+
+
+def decoded(text: str) -> str:
+    """Return text that UTF-8 can write.
+
+    A name of a file that the system could not decode (in a C locale, any outside ASCII) gets its own letters back if
+    its bytes are UTF-8, and a replacement character if they are not.
+
+    >>> decoded("ä".encode().decode("ascii", "surrogateescape"))
+    'ä'
+    """
+    known = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # halves of a letter, which are no bytes at all
+    return known.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _check_parent(target: Path) -> None:

@@ -70,10 +70,20 @@ ROAD: dict[str, tuple[str, ...]] = {
         "benchmark_charts",
         "html_report",
     ),
-    "outputs": ("options", "save", "swapped_checkpoint", "hub"),
+    "outputs": ("options", "rebuild", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
-    "pipeline": ("open_model", "options", "conversion", "checks", "first_look", "steps", "convert", "from_swapped"),
+    "pipeline": (
+        "open_model",
+        "options",
+        "conversion",
+        "checks",
+        "first_look",
+        "resumption",
+        "steps",
+        "convert",
+        "from_swapped",
+    ),
     "demo": (),
 }
 ORDER = [(room, "") if not files else (room, file) for room, files in ROAD.items() for file in files or ("",)]

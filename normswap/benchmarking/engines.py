@@ -151,7 +151,7 @@ def _activations(step: Step, device: torch.device) -> int:
             step()
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(str(Path(folder) / "trace.json"))
-            trace = json.loads((Path(folder) / "trace.json").read_text())
+            trace = json.loads((Path(folder) / "trace.json").read_text(encoding="utf-8"))
     finally:
         if level is None:
             del os.environ["KINETO_LOG_LEVEL"]

@@ -24,7 +24,7 @@ from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Finetuning
 from .holdout import held_out_of
-from .options import FinetuneOptions
+from .options import FinetuneOptions, Resume, goes_on
 from .run_state import TrainingState
 from .trainer import Run, steps_per_epoch
 
@@ -37,8 +37,8 @@ def finetune(
     options: FinetuneOptions | None = None,
     *,
     held_out: Iterable[Any] | None = None,
-    state: str | Path | None = None,
-    resume: bool = False,
+    state: str | Path | TrainingState | None = None,
+    resume: Resume = False,
     save_every: float = 300.0,
     progress: Progress = no_progress,
 ) -> Finetuning:
@@ -55,14 +55,15 @@ def finetune(
         options: see `FinetuneOptions`.
         held_out: images to measure on, in the form of ``images``. Give some that calibration has not seen either: on
             its own images a calibrated model is better than it is. Default: one in ten of ``images``.
-        state: file that keeps the state of the run, written atomically.
-        resume: go on from ``state``; on a CPU to the same bits as an undisturbed run.
+        state: file that keeps the state of the run, written atomically, from the start on; it is deleted at the end.
+        resume: go on from ``state``; on a CPU to the same bits as an undisturbed run. "auto" does so if the file is
+            there, and begins if it is not.
         save_every: seconds between two writings.
         progress: called with ("finetune: loss ..., agreement ...", steps done, steps in all).
 
     Raises:
         ArgumentError: invalid options or images, labels out of range, models of different heads.
-        CheckpointError: ``state`` is truncated, or of another run.
+        CheckpointError: ``state`` is not there, truncated, or of another run.
         OutputError: ``state`` cannot be written; what was there still is.
         CalibrationError: too many steps in a row without finite numbers.
         MissingExtraError: accelerate is not installed.
@@ -76,8 +77,8 @@ def finetune(
     """
     options = options or FinetuneOptions()
     options.check()
-    if resume and state is None:
-        raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+    kept = state if state is None or isinstance(state, TrainingState) else TrainingState(Path(state))
+    resumed = goes_on(None if kept is None else kept.path, resume)
     check_state(swapped)
     check_weights(original, swapped)
     thaw(swapped)
@@ -91,9 +92,11 @@ def finetune(
     if held is not None and held.shape[1:] != pixels.shape[1:]:
         raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
     run = Run(swapped, original, options, pixels, labels, held)
-    kept = TrainingState(Path(state), run.fingerprint()) if state is not None else None
-    if kept is not None and resume:
-        run.load(kept.load())
+    if kept is not None:
+        kept.fingerprint = run.fingerprint()
+        before = kept.load() if resumed else None
+        if before is not None:
+            run.load(before)
     with eval_mode(original, swapped), torch.enable_grad():
         return run.go(kept, save_every, progress)
 

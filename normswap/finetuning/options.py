@@ -5,15 +5,17 @@ Imports no torch, so that the command line can read it.
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 BN_MODES = ("frozen", "train")
 FADE_ORDERS = ("all", "blockwise", "mlp-first")
+Resume = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,32 @@ class FinetuneOptions:
             create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=self.opt, lr=self.lr)
         except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
             raise ArgumentError(f"timm cannot make the optimiser {self.opt!r} here: {error}") from error
+
+
+def goes_on(state: str | Path | None, resume: Resume) -> bool:
+    """Return whether a run goes on from its file, before any work.
+
+    Args:
+        state: the file; None if none is kept.
+        resume: True to go on, False to begin, "auto" to go on if the file is there and to begin if it is not.
+
+    Raises:
+        ArgumentError: an unknown value, or no file to go on from.
+        CheckpointError: the file is not there.
+
+    >>> goes_on("not-there.state", "auto")
+    False
+    """
+    if resume not in (False, True, "auto"):
+        raise ArgumentError(f"`resume` must be True, False or 'auto', not {resume!r}")
+    if not resume:
+        return False
+    if state is None:
+        raise ArgumentError("`resume` needs `state`, the file that holds the state of the run")
+    there = Path(state).is_file()
+    if not there and resume != "auto":
+        raise CheckpointError(f"{state}: no such file, so there is no run to resume")
+    return there
 
 
 def learning_rate(step: int, total: int, warmup: float) -> float:

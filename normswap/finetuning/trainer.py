@@ -78,6 +78,7 @@ class Run:
         self.total = self.steps_per_epoch * options.epochs
         self.step = self.dropped = self.in_a_row = 0
         self.losses: list[float] = []
+        self.resumed_at: int | None = None
         self._check_heads()
         self.start = {name: tensor.clone() for name, tensor in swapped.state_dict().items()}
         self.before = self.measure(swapped)
@@ -128,6 +129,8 @@ class Run:
         began = saved = time.monotonic()
         first = self.step
         agreement = self.before[1]
+        if self.resumed_at is None:
+            self._save(kept)  # a kill in the first minutes loses nothing that was done before
         with _trained(self.norms.values(), self.options), self.fade.blended(), self._stem_kept():
             while self.step < self.total:
                 self.fade.at(self.step / self.total)
@@ -135,8 +138,7 @@ class Run:
                     self.in_a_row += 1
                     self.dropped += 1
                     if self.in_a_row >= self.options.bad_steps:
-                        if kept is not None and self.rank == 0:
-                            kept.save(self.state())  # a dropped step changes nothing, so this is the last good one
+                        self._save(kept)  # a dropped step changes nothing, so this is the last good one
                         self._restore(self.start)
                         raise CalibrationError(
                             f"fine-tuning: {self.in_a_row} steps in a row gave no finite loss or gradient, at step "
@@ -148,14 +150,22 @@ class Run:
                 if self.step % self.steps_per_epoch == 0 and self.step < self.total:
                     agreement = self.measure(self.student)[1]  # blended as it is now
                 if kept is not None and self.in_a_row == 0 and time.monotonic() - saved >= save_every:
-                    if self.rank == 0:
-                        kept.save(self.state())
+                    self._save(kept)
                     saved = time.monotonic()
                 rate = (self.step - first) * self._per_step() / (time.monotonic() - began)
                 progress(self._said(agreement, rate), self.step, self.total)
-        return self._finish(kept, time.monotonic() - began)
+        if kept is not None and kept.stays:
+            self._save(kept)
+        found = self._finish(time.monotonic() - began)
+        if kept is not None and self.rank == 0 and not kept.stays:
+            kept.remove()
+        return found
 
-    def _finish(self, kept: TrainingState | None, seconds: float) -> Finetuning:
+    def _save(self, kept: TrainingState | None) -> None:
+        if kept is not None and self.rank == 0:
+            kept.save(self.state())
+
+    def _finish(self, seconds: float) -> Finetuning:
         if self.average is not None:
             self._restore(self.average.module.state_dict())
         if self.options.bn_mode == "train":
@@ -166,8 +176,6 @@ class Run:
         taken = gain > SURE * error or not self.before[0].any()
         if not taken:
             self._restore(self.start)
-        if kept is not None and self.rank == 0:
-            kept.remove()
         tenth = max(len(self.losses) // 10, 1)
         return Finetuning(
             options={key: str(value) for key, value in asdict(self.options).items()},
@@ -184,6 +192,7 @@ class Run:
             agreement_after=after[1],
             taken=taken,
             seconds=round(seconds, 2),
+            resumed_at=self.resumed_at,
         )
 
     def _per_step(self) -> int:
@@ -281,6 +290,7 @@ class Run:
             self.average.module.load_state_dict(state["average"])
         self.start, self.before = state["start"], tuple(state["before"])
         self.step, self.dropped = state["counts"]
+        self.resumed_at = self.step
         self.losses = list(state["losses"])
 
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import ArgumentError, CheckpointError, HubError, one_line
+from ..records.report import LOAD_WITH
 from .save import CARD, CONFIG, RECORD, WEIGHTS, read_record
 
 _TOKEN = "set HF_TOKEN to a token that may write there, or run: hf auth login"
@@ -92,7 +93,8 @@ def prepare(
     if "/" not in repo_id:
         raise ArgumentError(f"{repo_id!r} is no repository of the Hub: write USER/{repo_id}")
     record = read_record(folder)
-    for name in (WEIGHTS, CONFIG, CARD):
+    into = record.get("report", {}).get("load_with") == LOAD_WITH[2]
+    for name in (WEIGHTS, CARD) if into else (WEIGHTS, CONFIG, CARD):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; convert again")
     try:
@@ -163,4 +165,5 @@ def _from_hub(text: str, repo_id: str, revision: str | None) -> str:
     where = f'"{repo_id}"' + ("" if revision is None else f', revision="{revision}"')
     text = text.replace('"local-dir:PATH"', f'"hf-hub:{repo_id}{at}"')
     text = text.replace("import normswap\n", "import normswap\nfrom huggingface_hub import snapshot_download\n")
+    text = text.replace('normswap.load_into(model, "PATH")', f"normswap.load_into(model, snapshot_download({where}))")
     return text.replace('normswap.load("PATH")', f"normswap.load(snapshot_download({where}))")

@@ -3,6 +3,7 @@
 Neither file has the name of a finished model's, and `pipeline.open_model` refuses the folder by name.
 """
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, fields
@@ -27,7 +28,8 @@ from ..records.report import ConversionReport, Finetuning, LayerFit, SiteFit, St
 from ..records.worst_images import Answer, WorstImage
 from ..surgery.swap import swap_norms
 from .options import SaveOptions
-from .save import CONFIG, apply_edits, check_saveable, describe_edits, write_config, write_json, write_weights
+from .rebuild import apply_edits, describe_edits, rebuilt
+from .save import CONFIG, write_config, write_json, write_weights
 
 SWAPPED_WEIGHTS, SWAPPED_RECORD = "swapped.safetensors", "swapped.json"
 _FORMAT = 1
@@ -60,33 +62,38 @@ def save_swapped(out: str | Path, swapped: Swapped, options: SaveOptions | None 
         options: see `SaveOptions`.
 
     Raises:
-        ArgumentError, OutputError: see `normswap.atomic.new_folder`; also for a model that timm did not build.
+        ArgumentError, OutputError: see `normswap.atomic.new_folder`.
     """
     options = options or SaveOptions()
     model, plan = swapped.model, swapped.plan
-    check_saveable(model)
+    can_rebuild = rebuilt(swapped.original, swapped.original).problem is None
     record = {
         "format": _FORMAT,
         "keep": [site.path for site in plan.sites if site.verdict == KEEP],
         "input_size": list(plan.input_size),
         "verdicts": _verdicts(plan),
-        "eps": {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)},
-        "edits": describe_edits(swapped.original, model) | {"identity": [], "affine": {}, "keep": {}},
+        **describe_swapped(swapped.original, model),
         "command": options.command,
         "report": swapped.report.to_json(),
     }
     with new_folder(Path(out), options.overwrite, options.protect) as folder:
-        write_config(folder / CONFIG, model, {}, options.data_config)
+        if can_rebuild:
+            write_config(folder / CONFIG, model, {}, options.data_config)
         write_weights(folder / SWAPPED_WEIGHTS, model)
-        shutil.copymode(folder / CONFIG, folder / SWAPPED_WEIGHTS)
         write_json(folder / SWAPPED_RECORD, record)
+        shutil.copymode(folder / SWAPPED_RECORD, folder / SWAPPED_WEIGHTS)
 
 
-def load_swapped(path: str | Path) -> Swapped:
+def load_swapped(path: str | Path, model: nn.Module | None = None) -> Swapped:
     """Return the model in a folder that `save_swapped` wrote, in eval mode on the CPU.
 
+    Args:
+        path: the folder.
+        model: of the class and shape of the one that was converted, with its LayerNorms, where timm cannot rebuild it.
+            It stays as it is.
+
     Raises:
-        ArgumentError: it is no such folder.
+        ArgumentError: it is no such folder, or it needs a model.
         CheckpointError: its files do not fit each other or cannot be read.
 
     >>> import tempfile
@@ -103,31 +110,46 @@ def load_swapped(path: str | Path) -> Swapped:
     if not (path / SWAPPED_RECORD).is_file():
         hint = "; it is fused already" if (path / "normswap.json").is_file() else ""
         raise ArgumentError(f"{path}: no {SWAPPED_RECORD} in it, so there is no swapped checkpoint{hint}")
+    if model is None and not (path / CONFIG).is_file():
+        raise ArgumentError(f"{path}: no {CONFIG}, since timm cannot rebuild the model: pass your own as `model`")
     try:
         record = json.loads((path / SWAPPED_RECORD).read_text(encoding="utf-8"))
         if record["format"] != _FORMAT:
             problem = f"format {record['format']}; this normswap reads format {_FORMAT}"
             raise CheckpointError(f"{path / SWAPPED_RECORD}: {problem}")
         report = _report(record["report"])
-        original = timm.create_model(f"local-dir:{path}", pretrained=False).eval()
+        original = timm.create_model(f"local-dir:{path}", pretrained=False) if model is None else copy.deepcopy(model)
+        original = original.eval().cpu()
         size = tuple(record["input_size"])
         plan = make_plan(original, record["keep"], input_size=resolve_input_size(original, size))
         if _verdicts(plan) != record["verdicts"]:
             raise CheckpointError(f"{path}: this version of normswap plans this architecture otherwise: convert again")
         ffn_bn: FfnBn = report.ffn_bn  # type: ignore[assignment]
-        model = swap_norms(original, plan, ffn_bn)
-        apply_edits(model, record["edits"])
-        for name, eps in record["eps"].items():
-            model.get_submodule(name).eps = eps
+        found = rebuild_swapped(swap_norms(original, plan, ffn_bn), record)
         state = load_file(path / SWAPPED_WEIGHTS)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
         problem = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path}: cannot be rebuilt from its files ({problem}): truncated?") from error
-    check_keys(str(path / SWAPPED_WEIGHTS), model.state_dict(), state)
-    model.load_state_dict(state, strict=True)
-    return Swapped(model.eval(), original.to("meta"), plan, report)
+    check_keys(str(path / SWAPPED_WEIGHTS), found.state_dict(), state)
+    found.load_state_dict(state, strict=True)
+    return Swapped(found.eval(), original.to("meta"), plan, report)
+
+
+def describe_swapped(original: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Return what `rebuild_swapped` needs beyond the weights, as plain JSON types."""
+    edits = describe_edits(original, model) | {"identity": [], "affine": {}, "keep": {}}
+    eps = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
+    return {"eps": eps, "edits": edits}
+
+
+def rebuild_swapped(model: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """Give a model fresh from `swap_norms`, in place, what `describe_swapped` found; return it."""
+    apply_edits(model, record["edits"])
+    for name, eps in record["eps"].items():
+        model.get_submodule(name).eps = eps
+    return model
 
 
 def is_swapped(model: str) -> bool:
@@ -151,12 +173,16 @@ def _report(record: dict[str, Any]) -> ConversionReport:
         setattr(found, key, [kind(**row) for row in record[key]])
     found.worst = [_worst(row) for row in record["worst"]]
     if record["budget"] is not None:
-        lists = {"trials": Trial, "costs": SiteCost}
-        rows = {key: [kind(**row) for row in record["budget"][key]] for key, kind in lists.items()}
-        found.budget = BudgetRecord(**record["budget"] | rows)
+        found.budget = read_budget(record["budget"])
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
     return found
+
+
+def read_budget(record: dict[str, Any]) -> BudgetRecord:
+    """Return the record of a search from its plain form."""
+    lists: dict[str, Any] = {"trials": Trial, "costs": SiteCost}
+    return BudgetRecord(**record | {key: [kind(**row) for row in record[key]] for key, kind in lists.items()})
 
 
 def _worst(row: dict[str, Any]) -> WorstImage:

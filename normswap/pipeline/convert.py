@@ -8,6 +8,7 @@ from torch import nn
 from ..ambient import known_context
 from ..calibration.options import CalibrationOptions
 from ..finetuning.options import FinetuneOptions
+from ..outputs.rebuild import unwrapped
 from ..planning.options import FfnBn
 from ..planning.plan import Plan
 from ..progress import Progress, no_progress
@@ -37,8 +38,10 @@ def convert(
     switched on in torch, as autocast or inference mode, does not change the result.
 
     Args:
-        model: a timm vision transformer with its weights. One in half precision is converted in float32; the result
-            has its dtypes and the training flag of each of its modules again.
+        model: a timm vision transformer with its weights, or another model with LayerNorms that `torch.export` traces.
+            What only runs it in another way (DataParallel, a moving average of timm, `torch.compile`) is taken off.
+            One in half precision is converted in float32; the result has its dtypes and the training flag of each of
+            its modules again.
         images: calibration images, no labels needed: any iterable of batches `[B, C, H, W]`, normalised as the
             model wants them, or of pairs of images and labels `[B]`; also Hugging Face's batches, numpy arrays, one
             tensor, or a torch `Dataset` of single images, see `normswap.inputs.batches.checked`. All are held in
@@ -58,8 +61,9 @@ def convert(
         ModelRefusedError, NoLayerNormError: see `make_plan`.
         CalibrationError, FoldError: statistics, training or folded weights that are not finite.
         CheckpointError, OutputError, MissingExtraError: from `normswap.finetune`.
-        CheckFailedError: fused and unfused differ by more than ``evaluation.atol``, or the accuracy budget is not
-            met; its ``report`` holds what was measured, and its ``conversion`` what misses nothing but the budget.
+        CheckFailedError: the fold is not exact, fused and unfused differ by more than ``evaluation.atol``, or the
+            accuracy budget is not met; its ``report`` holds what was measured, and its ``conversion`` what misses
+            nothing but the budget.
 
     >>> from normswap.demo import FOLDER, MODEL
     >>> model = normswap.load_model(MODEL)
@@ -72,7 +76,7 @@ def convert(
     """
     stage = FinetuneStage(finetune) if isinstance(finetune, FinetuneOptions) else finetune
     request = Request(
-        model,
+        unwrapped(model),
         images,
         eval_images,
         plan,

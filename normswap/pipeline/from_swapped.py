@@ -12,18 +12,18 @@ from ..errors import CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import finetune
-from ..finetuning.options import FinetuneOptions
+from ..finetuning.options import FinetuneOptions, Resume, goes_on
 from ..inputs.batches import BATCH_SIZE, checked, rebatched
 from ..inputs.dataset import ImageSet, describe
 from ..inputs.overlap import note_overlap
-from ..outputs.save import describe_edits
+from ..outputs.rebuild import describe_edits, rebuilt
 from ..outputs.swapped_checkpoint import Swapped
 from ..progress import Progress, no_progress
 from ..records.provenance import versions
 from ..records.report import ConversionReport, StageMetrics
 from ..search.budget import AccuracyBudget
-from ..surgery.fold import created_biases, fold_norms, max_difference
-from .checks import fold_problem, pictured
+from ..surgery.fold import created_biases, fold_norms
+from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .options import EvaluationOptions
 
@@ -43,7 +43,7 @@ def finetune_swapped(
     held_out: Iterable[Any] | None = None,
     eval_images: Iterable[Any] | None = None,
     state: str | Path | None = None,
-    resume: bool = False,
+    resume: Resume = False,
     amp_dtype: torch.dtype | None = None,
     progress: Progress = no_progress,
 ) -> None:
@@ -71,13 +71,14 @@ def finetune_swapped(
     >>> type(fuse(swapped).model.norm).__name__
     'Identity'
     """
+    resumed = goes_on(state, resume)
     items = images if eval_images is not None else list(checked(images))
     evaluation = items if eval_images is None else _held(eval_images)
     start = "finetuned before" if swapped.report.finetuning is not None else "calibrated"
     answers: dict[int, torch.Tensor] = {}  # of the original, which need not run twice
     first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress, answers=answers)
     found = finetune(
-        swapped.model, items, original, options, held_out=held_out, state=state, resume=resume, progress=progress
+        swapped.model, items, original, options, held_out=held_out, state=state, resume=resumed, progress=progress
     )
     models = {"original": original, "finetuned": swapped.model}
     last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
@@ -112,7 +113,7 @@ def fuse(
     Raises:
         ArgumentError: invalid options, or no images.
         FoldError: folded weights are not finite.
-        CheckFailedError: fused and unfused differ by more than ``evaluation.atol``.
+        CheckFailedError: the fold is not exact, or fused and unfused differ by more than ``evaluation.atol``.
     """
     evaluation = evaluation or EvaluationOptions()
     evaluation.check()
@@ -121,7 +122,9 @@ def fuse(
     batches = _fold_images(images, size, next(model.parameters()))
     fused = fold_norms(model, input_size=size)
     thumbnails: list[str] = []
-    report.fold_max_abs_err = max_difference(model, fused, batches)
+    fold = FoldCheck.of(model, fused, batches, size)
+    for name, value in fold.record.items():
+        setattr(report, name, value)
     report.created_biases, report.versions = created_biases(swapped.original, fused), versions()
     if images is not None:
         before = {} if original is None else {"original": original}
@@ -132,11 +135,12 @@ def fuse(
             _judge(report, report.stages)
         report.worst, thumbnails = pictured(worst, images, fused)
         report.evaluation_data, report.overlap = describe(images, report.stages[-1].n), None
-    if not report.fold_max_abs_err <= evaluation.atol:
-        problem = fold_problem(model, batches, swapped.plan, report.fold_max_abs_err, evaluation.atol)
+    problem = fold.problem(evaluation.atol)
+    if problem is not None:
         raise CheckFailedError(f"{problem}: not saved", report)
-    edits = describe_edits(swapped.original, fused)
-    return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, thumbnails)
+    base = rebuilt(swapped.original, swapped.original)
+    edits = describe_edits(base.base, fused)
+    return Conversion(fused, report, swapped.plan, model, edits, batches[0], swapped.original, base, thumbnails)
 
 
 def _held(images: Iterable[Any]) -> Iterable[Any]:

@@ -12,18 +12,20 @@ from torch import nn
 
 from ..ambient import thawed
 from ..calibration.options import CalibrationOptions
+from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
+from ..finetuning.run_state import TrainingState
 from ..inputs.batches import ImageBatches
 from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
 from ..inputs.overlap import note_overlap
 from ..model_utils import eval_mode, has_classes, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
-from ..outputs.save import describe_edits
+from ..outputs.rebuild import Rebuilt, describe_edits, rebuilt
 from ..planning.options import FfnBn
 from ..planning.plan import Plan, make_plan
 from ..progress import Progress
@@ -31,11 +33,12 @@ from ..records.budget import BudgetRecord
 from ..records.report import ConversionReport, Finetuning
 from ..search.budget import NO_HEAD, AccuracyBudget
 from ..search.trials import Attempt, Trials
-from ..surgery.fold import created_biases, fold_norms, max_difference
-from .checks import fold_problem, pictured
+from ..surgery.fold import created_biases, fold_norms
+from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .first_look import FirstLook, look_at
 from .options import EvaluationOptions, FinetuneStage
+from .resumption import calibration_fingerprint, opened, recall, remember
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ class Work:
         source, named: what is evaluated on, and the same as the set that names its images.
         source_data: which images these are, in words; None until they are counted.
         training, held_out: images of the fine-tuning; None without.
+        state, resumed: the file of the training run, None where none is kept, and whether the run goes on from it.
+        fingerprint: what tells this calibration from others.
+        shadow, rebuilt: the original on the meta device, and what timm can rebuild of it.
         clock: seconds per step.
         outputs: of the original on the evaluation images, by number of the batch, where the search has them.
         attempt: the calibrated conversion.
@@ -101,8 +107,8 @@ class Work:
         trained: calibrated, and fine-tuned if that was asked for; not folded.
         finetuning: the record of the fine-tuning.
         controls: the fine-tuned copy of the unconverted model, by stage name.
+        fused, fold: the folded model, and how its outputs differ from those of ``trained``.
         result: the folded model in the precision, and with the training flags, of the caller's.
-        fused, difference: the folded model, and by how much its outputs differ from those of ``trained``.
         report, thumbnails: what was measured, and pictures of the images that changed most.
     """
 
@@ -116,7 +122,12 @@ class Work:
     source_data: str | None
     training: Iterable[Any] | None
     held_out: list[Any] | None
+    shadow: nn.Module
+    rebuilt: Rebuilt
     clock: Clock
+    state: TrainingState | None
+    resumed: bool
+    fingerprint: dict[str, Any]
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     attempt: Attempt = field(init=False)
     budget: BudgetRecord | None = None
@@ -124,8 +135,8 @@ class Work:
     finetuning: Finetuning | None = None
     controls: dict[str, nn.Module] = field(default_factory=dict)
     fused: nn.Module = field(init=False)
+    fold: FoldCheck = field(init=False)
     result: nn.Module = field(init=False)
-    difference: float = field(init=False)
     report: ConversionReport = field(init=False)
     thumbnails: list[str] = field(init=False)
 
@@ -167,6 +178,13 @@ def prepared(request: Request) -> Work:
     counted = request.eval_images is None or isinstance(named, ImageSet)
     # A single module left in training mode, as a BatchNorm of the model's own, would change while it is measured.
     original = copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
+    source_data = describe(named, batches.image_count) if counted else None
+    fingerprint = {}
+    if stage is not None and stage.state is not None:
+        settings = (request.ffn_bn, request.calibration, request.budget)
+        fingerprint = calibration_fingerprint(original, plan, batches, *settings, source_data)
+    state, resumed = opened(stage, fingerprint)
+    shadow = meta_copy(original)
     work = Work(
         request,
         original,
@@ -175,10 +193,15 @@ def prepared(request: Request) -> Work:
         calibration_data=describe(items if parted else request.images, batches.image_count),
         source=source,
         named=named,
-        source_data=describe(named, batches.image_count) if counted else None,
+        source_data=source_data,
         training=training,
         held_out=held_out,
+        shadow=shadow,
+        rebuilt=rebuilt(original, shadow, batches[0][:2]),
         clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
+        state=state,
+        resumed=resumed,
+        fingerprint=fingerprint,
     )
     with eval_mode(model), torch.no_grad(), work.clock("forward_pass"):
         for i, batch in enumerate(batches):
@@ -208,7 +231,23 @@ def _looked_at(request: Request, model: nn.Module) -> Request:
 
 
 def calibrated(work: Work) -> None:
-    """Swap and calibrate; where a budget is to be held, as often as the search wants."""
+    """Swap and calibrate, where a budget is to be held as often as the search wants; or take up what a run kept."""
+    kept = work.state
+    if kept is not None and kept.calibration is not None:
+        found = recall(kept.calibration, work.original, work.plan, work.request.ffn_bn)
+        work.attempt, work.budget, seconds = found
+        work.clock.seconds |= seconds
+    else:
+        _calibrate(work)
+        if kept is not None and not work.resumed and world()[0] == 0:
+            seconds = {key: value for key, value in work.clock.seconds.items() if key == "search"}
+            remember(kept, work.fingerprint, work.original, work.attempt, work.budget, seconds)
+    work.plan = work.attempt.plan
+    work.clock.seconds["calibrate"] = work.attempt.seconds
+    work.trained = work.attempt.calibrated
+
+
+def _calibrate(work: Work) -> None:
     request = work.request
     if request.budget.limit(len(work.plan.swapped_sites)):
         if isinstance(work.source, Iterator):  # it is gone through more than once
@@ -232,9 +271,6 @@ def calibrated(work: Work) -> None:
         work.attempt = Attempt.make(
             work.original, work.plan, work.batches, request.ffn_bn, request.calibration, request.progress
         )
-    work.plan = work.attempt.plan
-    work.clock.seconds["calibrate"] = work.attempt.seconds
-    work.trained = work.attempt.calibrated
 
 
 def finetuned(work: Work) -> None:
@@ -257,8 +293,8 @@ def finetuned(work: Work) -> None:
             work.original,
             stage.options,
             held_out=held_out,
-            state=stage.state,
-            resume=stage.resume,
+            state=work.state,
+            resume=work.resumed,
             progress=progress,
         )
 
@@ -267,7 +303,7 @@ def folded(work: Work) -> None:
     """Fold every BatchNorm, and compare the outputs before and after on the calibration images."""
     with work.clock("fold"):
         work.fused = fold_norms(work.trained, input_size=work.plan.input_size)
-        work.difference = max_difference(work.trained, work.fused, work.batches)
+        work.fold = FoldCheck.of(work.trained, work.fused, work.batches, work.plan.input_size)
 
 
 def measured(work: Work) -> None:
@@ -314,9 +350,10 @@ def _report(work: Work) -> ConversionReport:
         refine_steps=fitted.refine_steps,
         finetuning=work.finetuning,
         budget=work.budget,
-        fold_max_abs_err=work.difference,
         created_biases=created_biases(work.original, work.fused),
+        stock_timm=work.rebuilt.problem,
         seconds=work.clock.seconds,
+        **work.fold.record,
     )
 
 
@@ -327,19 +364,21 @@ def checked(work: Work) -> Conversion:
         CheckFailedError: the fold is not exact, or the accuracy budget is not met.
     """
     request, report = work.request, work.report
-    budget, atol = request.budget, request.evaluation.atol
-    if not work.difference <= atol:
-        problem = fold_problem(work.trained, work.batches, work.plan, work.difference, atol)
-        raise CheckFailedError(f"{problem}: not saved", report)
+    budget = request.budget
+    inexact = work.fold.problem(request.evaluation.atol)
+    if inexact is not None:
+        raise CheckFailedError(f"{inexact}: not saved", report)
     conversion = Conversion(
         work.result,
         report,
         work.plan,
         work.trained,
-        describe_edits(work.original, work.fused),
+        describe_edits(work.rebuilt.base, work.fused),
         work.batches[0].to(next(work.result.parameters())),
-        meta_copy(work.original),
+        work.shadow,
+        work.rebuilt,
         work.thumbnails,
+        work.state if world()[0] == 0 else None,
     )
     first, last = report.stages[0], report.stages[-1]
     missing = budget.missing(last)

@@ -11,6 +11,9 @@ from .budget import BudgetRecord
 from .provenance import versions
 from .worst_images import WorstImage
 
+# What loads an output folder: timm alone; normswap, on its own; normswap, into a model that the caller has.
+LOAD_WITH = ("timm.create_model", "normswap.load", "normswap.load_into")
+
 
 @dataclass(frozen=True)
 class StageMetrics:
@@ -144,7 +147,8 @@ class Finetuning:
         kl_gain_error: standard error of the mean of kl_before - kl_after over these images.
         agreement_before, agreement_after: percent of them with the original's answer.
         taken: False if it was not closer by two standard errors, and got its old weights back.
-        seconds: wall time of the training.
+        seconds: wall time of the training, since the last start.
+        resumed_at: step from which it went on after an interruption; None without one.
     """
 
     options: dict[str, str]
@@ -161,6 +165,7 @@ class Finetuning:
     agreement_after: float | None
     taken: bool
     seconds: float
+    resumed_at: int | None = None
 
     def line(self) -> str:
         """Return what it did in one line."""
@@ -169,13 +174,23 @@ class Finetuning:
             same = f", top-1 agreement {self.agreement_before:.1f} to {self.agreement_after:.1f} %"
         end = "" if self.taken else "; no sure gain, so the weights before it stay"
         steps = f"{self.steps} steps" + (f" ({self.dropped} dropped)" if self.dropped else "")
+        steps += "" if self.resumed_at is None else f", resumed at step {self.resumed_at},"
         kl = f"KL {self.kl_before:.4f} to {self.kl_after:.4f} (+-{self.kl_gain_error:.4f})"
         return f"{steps} in {self.seconds:.0f} s; {kl}{same} on {self.held_out} images held out{end}"
 
 
 @dataclass
 class ConversionReport:
-    """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps."""
+    """Everything `convert` found out; `to_json` is what ``--json`` prints and normswap.json keeps.
+
+    About the fold, fused against unfused: ``fold_max_abs_err`` is the largest difference of an output,
+    ``fold_max_rel_err`` the same relative to the root mean square of the outputs, ``fold_float64_err`` that relative
+    difference where both run in float64 (None where they cannot), ``fold_agreement`` the percentage of images with the
+    same answer (None for headless models), and ``fold_warning`` says if rounding moved outputs more than usual.
+
+    About the folder: ``load_with`` is one of `LOAD_WITH`, ``stock_timm`` why it is not the first, and ``read_back_err``
+    the largest difference of an output after it was read back.
+    """
 
     model: str
     architecture: str
@@ -204,6 +219,12 @@ class ConversionReport:
     skipped_images: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    fold_max_rel_err: float | None = None
+    fold_float64_err: float | None = None
+    fold_agreement: float | None = None
+    fold_warning: str | None = None
+    load_with: str | None = None
+    read_back_err: float | None = None
 
     @property
     def top1_drop(self) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ..atomic import decoded
 from ..records.report import LayerFit, SiteFit, StageMetrics, StreamError
 from ..records.worst_images import Answer, WorstImage
 from ..tables import number, table
@@ -142,7 +143,7 @@ def printable(value: Any) -> Any:
     File names and class names are others' text.
     """
     if isinstance(value, str):
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in decoded(value))
     if isinstance(value, Mapping):
         return {printable(k): printable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -248,7 +248,7 @@ def read_benchmark(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or is nothing of the kind.
     """
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         Speed.of(record)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error

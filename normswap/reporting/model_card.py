@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from ..records.report import ConversionReport, Finetuning, StageMetrics
+from ..records.report import LOAD_WITH, ConversionReport, Finetuning, StageMetrics
 from ..tables import markdown, number, sentence
 from .budget_tables import BUDGET_COLUMNS, budget_line, budget_rows, budget_title
 from .conversion_tables import (
@@ -38,6 +38,16 @@ model = normswap.load("PATH")
 ```
 """
 
+_INTO = """timm cannot rebuild it ({reason}); normswap loads it into a model of your own:
+
+```python
+import normswap
+
+model = ...  # your {kind}, made as before the conversion, with its LayerNorms
+model = normswap.load_into(model, "PATH")
+```
+"""
+
 
 # timm's licences that the Hub knows by name, and the usual ones; any other is "other" there, with its name beside it.
 _HUB_LICENSES = set(
@@ -65,18 +75,20 @@ def metadata(config: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool = False) -> str:
+def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool = False, kind: str = "model") -> str:
     """Return the text of README.md.
 
     Args:
         report: what was measured.
         config: as in `metadata`.
         page: whether report.html lies beside it.
+        kind: class of the model.
     """
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
     fit = fit_line(report.fits)
-    load = _STOCK if report.stock_timm is None else _OWN.format(reason=report.stock_timm)
+    text = _STOCK if report.stock_timm is None else _INTO if report.load_with == LOAD_WITH[2] else _OWN
+    load = text.format(reason=report.stock_timm, kind=kind)
     lines = [
         "---",
         metadata(config).to_yaml(),
@@ -94,6 +106,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         *(f"- {line}" for line in kept_layers(report.layers)),
         f"- BatchNorm between the FFN's linear layers: {report.ffn_bn} ({sites['ffn_bn']} inserted, folded as well)",
         f"- fused against unfused, largest difference of an output: {report.fold_max_abs_err:.2e}",
+        *([f"- {report.fold_warning}"] if report.fold_warning else []),
         f"- measured on {report.evaluation_data}",
         "",
         *_stage_rows(report.stages),

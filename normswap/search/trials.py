@@ -26,6 +26,9 @@ from ..surgery.swap import swap_norms
 from .budget import AccuracyBudget, Search
 from .sensitivity import IMAGES, site_costs
 
+# Why a LayerNorm stays that could go.
+FOR_THE_BUDGET = "stays for the accuracy budget"
+
 
 @dataclass
 class Attempt:
@@ -107,7 +110,7 @@ class Trials:
         """Convert with some LayerNorms put back, and measure the fused model against the original."""
         start = time.perf_counter()
         show = self._within(f"{len(put_back)} LayerNorms put back")
-        plan = keep_more(self.original, self.plan, put_back, "stays for the accuracy budget")
+        plan = keep_more(self.original, self.plan, put_back, FOR_THE_BUDGET)
         attempt = Attempt.make(self.original, plan, self.batches, self.ffn_bn, self.options, show)
         fused = fold_norms(attempt.calibrated, input_size=plan.input_size)
         models = {"original": self.original, "fused": fused}

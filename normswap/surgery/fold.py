@@ -15,7 +15,9 @@ channels); nothing here has to know of it.
 """
 
 import copy
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -222,14 +224,44 @@ class _Ledger:
                 owner._non_persistent_buffers_set.discard(attribute)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How far the outputs of two models are from each other.
+
+    Attributes:
+        largest: the largest absolute difference; infinite where one of them is not a number.
+        relative: the same divided by the root mean square of the first model's outputs.
+        agreement: percent of images with the same largest output.
+    """
+
+    largest: float
+    relative: float
+    agreement: float
+
+
+@torch.no_grad()
+def difference(a: nn.Module, b: nn.Module, batches: Iterable[torch.Tensor]) -> Difference:
+    """Return how far the two models' outputs are from each other over image batches `[B, C, H, W]`.
+
+    >>> difference(nn.Flatten(), nn.Sequential(nn.Flatten(), nn.ReLU()), [torch.tensor([[[[-2.0, 2.0]]]])])
+    Difference(largest=2.0, relative=1.0, agreement=100.0)
+    """
+    worst, squares, numbers, images, same = 0.0, 0.0, 0, 0, 0
+    for batch in batches:
+        x, y = (model(batch).double().reshape(len(batch), -1) for model in (a, b))  # features: [B, N, C] -> [B, N * C]
+        apart = (x - y).abs().max()
+        worst = max(worst, float("inf") if torch.isnan(apart) else float(apart))
+        squares, numbers = squares + float(x.square().sum()), numbers + x.numel()
+        same, images = same + int((x.argmax(1) == y.argmax(1)).sum()), images + len(x)
+    size = math.sqrt(squares / numbers) if numbers else 0.0
+    # Outputs that are all zero have no size; neither have those that are not numbers.
+    relative = 0.0 if worst == 0 else worst / size if 0 < size < float("inf") else float("inf")
+    return Difference(worst, relative, 100 * same / max(images, 1))
+
+
 def max_difference(a: nn.Module, b: nn.Module, batches: Iterable[torch.Tensor]) -> float:
     """Return the largest absolute difference of the two models' outputs over image batches `[B, C, H, W]`.
 
     A NaN in either counts as infinite.
     """
-    worst = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            difference = (a(batch).double() - b(batch).double()).abs().max()
-            worst = max(worst, float("inf") if torch.isnan(difference) else float(difference))
-    return worst
+    return difference(a, b, batches).largest

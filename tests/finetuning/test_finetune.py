@@ -382,7 +382,7 @@ def test_convert_fine_tunes(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--resume"], "--resume, --finetune-state and --control require --finetune-epochs"),
+        (["--resume"], "--resume, --auto-resume, --finetune-state and --control require --finetune-epochs"),
         (["--finetune-epochs", 1, "--resume"], "--resume needs the state file of a run: --finetune-state"),
     ],
 )

@@ -143,8 +143,10 @@ def test_half_precision(name, dtype):
 def test_half_precision_and_the_fold_check():
     """What is checked is the fold, in float32, and not how coarse the format is."""
     model = family("vit", torch.bfloat16)
-    result = convert(model, [images(model, 64)])
-    assert result.report.fold_max_abs_err < 1e-3
+    report = (result := convert(model, [images(model, 64)])).report
+    assert report.fold_max_abs_err < 1e-3
+    assert report.fold_float64_err < 1e-12
+    assert report.fold_warning is None
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
 
 

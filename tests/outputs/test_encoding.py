@@ -1,0 +1,111 @@
+"""Names in any script: files are UTF-8 wherever they are written, and no terminal ends a run that has finished."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import normswap
+from normswap.atomic import write_text
+from normswap.demo import FOLDER
+
+from ..child import ONE_THREAD
+
+NAMES = ["ноль", "один", "два", "три", "четыре", "пять", "шесть", "семь", "восемь", "девять"]
+# A system that knows ASCII and nothing else; Python's own ways out of it are off.
+ASCII = {**ONE_THREAD, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+FLAGS = ("-j", "0", "--device", "cpu")
+
+
+def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "normswap_cli", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, Path]:
+    """Return images in folders with Cyrillic names, and the demo model with the same names as labels."""
+    folder = tmp_path_factory.mktemp("digits")
+    with tarfile.open(FOLDER / "train.tar") as tar:
+        members = sorted((m for m in tar.getmembers() if m.name.endswith(".png")), key=lambda m: m.name)
+        for digit, name in enumerate(NAMES):
+            (folder / "images" / name).mkdir(parents=True)
+            for number, member in enumerate([m for m in members if m.name.split("/")[-2] == str(digit)][:4]):
+                (folder / "images" / name / f"картинка {number}.png").write_bytes(tar.extractfile(member).read())
+    (folder / "model").mkdir()
+    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+    config["label_names"] = NAMES
+    (folder / "model/config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    (folder / "model/model.safetensors").write_bytes((FOLDER / "model.safetensors").read_bytes())
+    return folder / "images", folder / "model"
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_conversion_where_only_ascii_is_known(data, tmp_path, with_labels):
+    images, model = data
+    out = tmp_path / "вывод"
+    flags = ("--data-dir", images, *FLAGS, *(() if with_labels else ("--no-labels",)))
+    method = ("--method", "moments", "--save-swapped", tmp_path / "swapped")
+    done = run(ASCII, "convert", "-m", f"local-dir:{model}", *flags, "-o", out, *method)
+    assert done.returncode == 0, done.stderr
+    done.stdout.decode("ascii")
+    done.stderr.decode("ascii")
+    # Every text file is UTF-8, whole, and has the names as they are written.
+    texts = {path.name: path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix != ".safetensors"}
+    assert {"README.md", "config.json", "normswap.json", "report.html"} <= set(texts)
+    assert "картинка" in texts["normswap.json"]
+    assert "картинка" in texts["README.md"]
+    for name in ("normswap.json", "README.md", "report.html"):
+        assert re.search("|".join(NAMES), texts[name]), name
+    assert not any("\ufffd" in text or re.search("[\ud800-\udfff]", text) for text in texts.values())
+    assert json.loads(texts["config.json"])["label_names"] == NAMES
+    normswap.load(out)
+    for command in (("report", out), ("push", out, "user/digits", "--dry-run"), ("fuse", "-m", tmp_path / "swapped")):
+        more = ("-o", tmp_path / "fused") if command[0] == "fuse" else ()
+        again = run(ASCII, *command, *more)
+        assert again.returncode == 0, again.stderr
+    assert re.search("|".join(NAMES), (out / "report.html").read_text(encoding="utf-8"))
+
+
+def test_other_code_pages(data, tmp_path):
+    """What Windows has by default knows more letters, but not these."""
+    images, model = data
+    environment = {**ONE_THREAD, "PYTHONIOENCODING": "cp1252"}
+    command = ("evaluate", "-m", f"local-dir:{model}", "--data-dir", images, *FLAGS)
+    done = run(environment, *command)
+    assert done.returncode == 0, done.stderr
+    inspected = run(environment, "inspect", "-m", f"local-dir:{tmp_path / 'нет'}")
+    assert inspected.returncode == 2
+    assert b"\\u043d\\u0435\\u0442" in inspected.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("девять\r\n", "девять\r\n"),
+        (os.fsdecode("девять".encode()), "девять"),
+        ("девять".encode().decode("ascii", "surrogateescape"), "девять"),
+        (b"caf\xe9".decode("ascii", "surrogateescape"), "caf\ufffd"),
+        ("half \ud83d of it", "half \ufffd of it"),
+    ],
+)
+def test_written_text_is_utf8_whatever_is_in_it(tmp_path, text, written):
+    write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_bytes() == written.encode()
+
+
+@pytest.mark.parametrize("folder", ["normswap", "cli"])
+def test_every_text_file_is_opened_with_its_encoding(folder):
+    root = Path(__file__).resolve().parents[2] / folder
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in root.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.search(r"\.(read_text|write_text)\(|(?<![\w.])open\(", line) and "encoding" not in line
+    ]
+    assert not found
