@@ -121,10 +121,10 @@ def _motion_blur(x: torch.Tensor, length: float, generators: Generators) -> torc
 
 
 def _offsets(width: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return row and column offsets from the centre of a kernel `[K, K]` that holds ``width`` pixels."""
+    """Return row and column offsets `[K, 1]` and `[1, K]` from the centre of a kernel that holds ``width`` pixels."""
     radius = max(math.ceil((width - 1) / 2), 0)
     steps = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
-    return torch.meshgrid(steps, steps, indexing="ij")
+    return steps[:, None], steps[None, :]
 
 
 def _filtered(x: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:

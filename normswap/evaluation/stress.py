@@ -42,9 +42,9 @@ _BRIEF = (
 BRIEF: tuple[Case, ...] = tuple(Case(CORRUPTIONS[name], strength) for name, strength in _BRIEF)
 BRIEF_SAMPLES, _BRIEF_FP16 = 256, 1 / 16
 
-LIMIT = torch.finfo(torch.float16).max
-# Where no module puts out more, no number in FP16 can pass 65,504: a residual sum is 2 * 64 then, a product 64 * 64, and
-# a score of attention over 128 channels 128 * 64 * 64 / sqrt(128) = 46,341. Sums inside an operator are float32.
+_LARGEST_FP16 = torch.finfo(torch.float16).max
+# Where no module puts out more, no number in FP16 passes 65,504: a residual sum is 2 * 64 then, a product 64 * 64, a
+# score of attention over 128 channels 128 * 64 * 64 / sqrt(128) = 46,341. Sums inside an operator are in float32.
 _SAFE = 64.0
 
 
@@ -178,8 +178,9 @@ class _Half:
     """
 
     def __init__(self, model: nn.Module, share: float) -> None:
-        largest = max((_size(w.detach().abs().max()) for w in model.state_dict().values() if w.numel()), default=0.0)
-        self.fits = largest <= LIMIT
+        weights = [w for w in model.state_dict().values() if w.is_floating_point() and w.numel()]
+        largest = max((_size(w.abs().max()) for w in weights), default=0.0)
+        self.fits = largest <= _LARGEST_FP16
         self.model = copy.deepcopy(model).half().eval()
         self.share = share
 

@@ -65,7 +65,7 @@ class Normalisation:
         mean, std = self._vectors(images)
         pixels = images * std + mean
         low, high = (float(v) for v in pixels.aminmax())
-        if not (-_SLACK <= low and high <= 1 + _SLACK):
+        if not (low >= -_SLACK and high <= 1 + _SLACK):
             raise NormalisationError(
                 f"images without their normalisation reach from {low:.2f} to {high:.2f}, not from 0 to 1: "
                 f"give the `mean` and `std` that they were normalised with"
