@@ -1,21 +1,23 @@
 """Images as a bad day makes them: noise, blur, wrong exposure, compression, something in the way, no image at all.
 
 Kinds and order follow ImageNet-C (Hendrycks & Dietterich 2019, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations"), for any image size and any number of channels. Its own code needs OpenCV and
-scikit-image and draws from NumPy's global state. Here every image has a generator of its own, seeded by its place, so
-that neither batches nor devices change what is drawn; severities of one kind share their draws.
+Corruptions and Perturbations"), for any image size and any number of channels. Packages with its code need OpenCV and
+scikit-image, and they, like torchvision's transforms, draw from a global state. Here every image has a generator of its
+own, seeded by its place, so that neither batches nor devices change what is drawn; strengths of one kind share draws.
 
 Pixels `[B, C, H, W]` are in 0..1, before a model's normalisation, and stay there.
 """
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tv
 
 Generators = Sequence[torch.Generator]
 Apply = Callable[[torch.Tensor, float, Generators], torch.Tensor]
@@ -146,11 +148,22 @@ def _contrast(x: torch.Tensor, factor: float, generators: Generators) -> torch.T
 
 
 def _jpeg(x: torch.Tensor, quality: float, generators: Generators) -> torch.Tensor:
-    b, c, h, w = x.shape
     coded = (x * 255).round().to(torch.uint8).cpu()
-    if c not in (1, 3):
-        coded = coded.reshape(b * c, 1, h, w)  # JPEG knows grey and colour only
-    return tv.jpeg(coded, int(quality)).reshape(x.shape).to(x) / 255
+    if x.shape[1] != 3:
+        coded = coded.flatten(0, 1)[:, None]  # [B, C, H, W] -> [B*C, 1, H, W]: JPEG knows grey and colour only
+    decoded = torch.stack([_through_jpeg(image, int(quality)) for image in coded])
+    return decoded.reshape(x.shape).to(x) / 255
+
+
+def _through_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    """Return bytes `[C, H, W]` as they come out of a file; torchvision is about to lose its own functions for that."""
+    array = image.permute(1, 2, 0).numpy()  # [C, H, W] -> [H, W, C]
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array[..., 0] if len(image) == 1 else array)).save(
+        file, "JPEG", quality=quality
+    )
+    decoded = torch.from_numpy(np.array(Image.open(file)))
+    return decoded.reshape(*image.shape[1:], len(image)).permute(2, 0, 1)  # [H, W, C] -> [C, H, W]
 
 
 def _pixelate(x: torch.Tensor, block: float, generators: Generators) -> torch.Tensor:
