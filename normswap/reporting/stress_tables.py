@@ -132,7 +132,7 @@ def _cell(row: StressRow) -> Cell:
     if loss is None:
         text, style = number(row.cosine, 2), "heat-none"
     else:
-        text = f"{-loss:+.1f}".replace("-", "\N{MINUS SIGN}")
+        text = f"{round(-loss, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
         style = "heat-gain" if loss <= -_HEAT[0] else f"heat-{sum(loss > edge for edge in _HEAT)}"
     _, top1, agreement, _, worst_kl, logit, _, half = stress_rows([row])[0]
     told = f"{row.name}: top-1 {top1} %, agreement {agreement} %, worst KL {worst_kl}, largest logit {logit}"

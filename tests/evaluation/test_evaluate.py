@@ -93,5 +93,5 @@ def test_wrong_arguments():
     original, _ = _pair()
     with pytest.raises(ArgumentError, match="no images"):
         evaluate_models({"a": original}, [])
-    with pytest.raises(ArgumentError, match="answers"):
+    with pytest.raises(ArgumentError, match="outputs"):
         evaluate_models({"a": original, "b": family("headless")}, [images(original)])
