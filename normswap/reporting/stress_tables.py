@@ -104,11 +104,10 @@ def _all(record: StressRecord) -> list[StressRow]:
 
 
 def _means(record: StressRecord) -> str:
-    counted = len(record.counted)
+    counted, rest = len(record.counted), len(record.rows) - len(record.counted)
     over = f"over {counted} rows"
     if record.mean_top1 is not None:
-        if counted < len(record.rows):
-            over = f"over the {counted} of {len(record.rows)} rows where the original has {RIGHT:g} %"
+        over += f" (the original is below {RIGHT:g} % in {rest} more)" if rest else ""
         return f"mean top-1 {record.mean_top1[0]:.1f} -> {record.mean_top1[1]:.1f} {over}"
     if record.mean_agreement is not None:
         return f"mean agreement {record.mean_agreement:.1f} % {over}"

@@ -84,7 +84,7 @@ class Cell:
         text: in the cell.
         title: all its numbers.
         style: class of the cell, which gives its colour.
-        faint: whether its number says little.
+        faint: whether its number says little, so that it is not bold.
     """
 
     text: str
@@ -279,10 +279,10 @@ def heat_map(rows: Sequence[tuple[str, Sequence[Cell]]], title: str) -> Svg:
             mark = _mark(svg, "rect", cell.style, cell.title)
             _set(mark, x=left, y=top, width=width - gap, height=step - gap, rx=1.5)
             head, _, rest = cell.text.partition("\n")
-            style = "tick middle" if cell.faint else "value middle"
+            style = "middle" if cell.faint else "value middle"
             _words(svg, left + (width - gap) / 2, top + (14 if rest else 21), head, style)
             if rest:
-                _words(svg, left + (width - gap) / 2, top + 28, rest, "tick middle")
+                _words(svg, left + (width - gap) / 2, top + 28, rest, "middle")
     return _done(svg)
 
 
