@@ -1,7 +1,7 @@
 """The stress record as a table, a line, Markdown for the model card and a heat map for the page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from rich.table import Table
@@ -21,7 +21,8 @@ STRESS_COLUMNS = (
     "not finite in FP16",
 )
 STRESS_TITLE = "corrupted images: original -> converted"
-_HEAT = (1.0, 4.0, 8.0, 16.0)  # points lost at which a cell gets the next colour
+# Beyond each of them a cell gets the next colour: points lost, and times the original's logit.
+_HEAT_LOSS, _HEAT_LOGIT = (1.0, 4.0, 8.0, 16.0), (1.1, 1.5, 3.0, 10.0)
 _ROWS_IN_CARD = 10
 
 
@@ -88,15 +89,24 @@ def stress_markdown(record: StressRecord) -> list[str]:
 
 
 def stress_chart(record: StressRecord) -> Svg | None:
-    """Return a heat map, one row per kind of corruption from mild to severe; None if nothing was measured.
+    """Return a heat map of the points lost, one line per kind of corruption from mild to severe, the strengths below.
 
-    A cell shows the points lost, and the strength below.
+    None if nothing was measured.
     """
+    labelled = any(row.drop is not None for row in record.rows)
+    return _chart(record, _lost, f"points of {'top-1' if labelled else 'agreement'} lost on corrupted images")
+
+
+def logit_chart(record: StressRecord) -> Svg | None:
+    """Return the same map of how many times the original's largest logit the converted model's is."""
+    return _chart(record, _grown, "largest logit on corrupted images, in times the original's")
+
+
+def _chart(record: StressRecord, look: Callable[[StressRow], tuple[str, str]], title: str) -> Svg | None:
     if not record.rows:
         return None
-    kinds = [(kind, [_cell(row) for row in rows]) for kind, rows in groupby(record.rows, lambda row: row.corruption)]
-    labelled = any(row.drop is not None for row in record.rows)
-    return heat_map(kinds, f"points of {'top-1' if labelled else 'agreement'} lost on corrupted images")
+    kinds = groupby(record.rows, lambda row: row.corruption)
+    return heat_map([(kind, [_cell(row, *look(row)) for row in rows]) for kind, rows in kinds], title)
 
 
 def _all(record: StressRecord) -> list[StressRow]:
@@ -125,14 +135,25 @@ def _size(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _cell(row: StressRow) -> Cell:
-    loss = row.loss
+def _lost(row: StressRow) -> tuple[str, str]:
+    """Return text and class of a cell."""
+    if row.loss is None:
+        return number(row.cosine, 2), "heat-none"
+    text = f"{-row.loss:+.1f}".replace("-", "\N{MINUS SIGN}")
+    gained = row.loss <= -_HEAT_LOSS[0]
+    style = "heat-gain" if gained else f"heat-{sum(row.loss > edge for edge in _HEAT_LOSS)}"
+    return "0.0" if text[1:] == "0.0" else text, style
+
+
+def _grown(row: StressRow) -> tuple[str, str]:
+    """Return text and class of a cell; a logit that is not finite is infinitely many times any other."""
+    before, after = row.largest_logit_original, row.largest_logit
+    times = after / before if math.isfinite(after) and before > 0 else math.inf
+    return f"x {_size(times)}", f"heat-{sum(times > edge for edge in _HEAT_LOGIT)}"
+
+
+def _cell(row: StressRow, text: str, style: str) -> Cell:
     strength = "" if row.family == FRAMES else f"{row.strength:g}".replace("-", "\N{MINUS SIGN}")
-    if loss is None:
-        text, style = number(row.cosine, 2), "heat-none"
-    else:
-        text = f"{round(-loss, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
-        style = "heat-gain" if loss <= -_HEAT[0] else f"heat-{sum(loss > edge for edge in _HEAT)}"
     _, top1, agreement, _, worst_kl, logit, _, half = stress_rows([row])[0]
     told = f"{row.name}: top-1 {top1} %, agreement {agreement} %, worst KL {worst_kl}, largest logit {logit}"
     told += f", not finite in FP16 {half}"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from normswap.reporting.stress_tables import (
     STRESS_COLUMNS,
+    logit_chart,
     stress_chart,
     stress_line,
     stress_markdown,
@@ -92,6 +93,28 @@ def test_the_colour_says_how_much_was_lost(after, style):
     assert mark.get("class") == f"mark heat-{style}"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "text", "style"),
+    [
+        (10, 11, "x 1.10", "0"),
+        (10, 5, "x 0.50", "0"),
+        (10, 14, "x 1.40", "1"),
+        (10, 29, "x 2.90", "2"),
+        (10, 99, "x 9.90", "3"),
+        (10, 98000, "x 9,800", "4"),
+        (10, math.inf, "x infinite", "4"),
+        (math.inf, math.inf, "x infinite", "4"),
+        (0, 1, "x infinite", "4"),
+    ],
+)
+def test_logits_that_grew_are_coloured(before, after, text, style):
+    svg = logit_chart(record(row(largest_logit_original=before, largest_logit=after)))
+    (mark,) = check(svg)
+    assert mark.get("class") == f"mark heat-{style}"
+    assert text in [shown.text for shown in parsed(svg).iter("text")]
+    assert logit_chart(record(reason="no pixels")) is None
+
+
 def test_a_row_that_does_not_count_is_faint():
     svg = stress_chart(record(row(before=10, after=5), row(before=50, after=45)))
     faint, bold = (t for t in parsed(svg).iter("text") if t.text == "\N{MINUS SIGN}5.0")
@@ -108,4 +131,4 @@ def test_any_heat_map_lies_inside_its_view_box(rows):
 @settings(deadline=None, max_examples=20)
 @given(st.lists(any_row(), min_size=1, max_size=6))
 def test_every_record_has_a_heat_map(rows):
-    assert len(check(stress_chart(record(*rows)))) == len(rows)
+    assert len(check(stress_chart(record(*rows)))) == len(check(logit_chart(record(*rows)))) == len(rows)
