@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -157,13 +156,12 @@ def _jpeg(x: torch.Tensor, quality: float, generators: Generators) -> torch.Tens
 
 def _through_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
     """Return bytes `[C, H, W]` as they come out of a file; torchvision is about to lose its own functions for that."""
-    array = image.permute(1, 2, 0).numpy()  # [C, H, W] -> [H, W, C]
+    c, h, w = image.shape
+    written = image.permute(1, 2, 0).contiguous().numpy().tobytes()  # [C, H, W] -> [H, W, C]
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array[..., 0] if len(image) == 1 else array)).save(
-        file, "JPEG", quality=quality
-    )
-    decoded = torch.from_numpy(np.array(Image.open(file)))
-    return decoded.reshape(*image.shape[1:], len(image)).permute(2, 0, 1)  # [H, W, C] -> [C, H, W]
+    Image.frombytes("RGB" if c == 3 else "L", (w, h), written).save(file, "JPEG", quality=quality)
+    read = bytearray(Image.open(file).tobytes())
+    return torch.frombuffer(read, dtype=torch.uint8).view(h, w, c).permute(2, 0, 1)  # [H, W, C] -> [C, H, W]
 
 
 def _pixelate(x: torch.Tensor, block: float, generators: Generators) -> torch.Tensor:
