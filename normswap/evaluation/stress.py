@@ -181,6 +181,7 @@ class _Half:
         weights = [w for w in model.state_dict().values() if w.is_floating_point() and w.numel()]
         largest = max((_size(w.abs().max()) for w in weights), default=0.0)
         self.fits = largest <= _LARGEST_FP16
+        self.runs = True
         self.model = copy.deepcopy(model).half().eval()
         self.share = share
 
@@ -194,9 +195,18 @@ class _Half:
         """
         if self.fits and largest <= _SAFE:
             return len(images), 0
+        if not self.runs:
+            return 0, 0
         risk = logits.abs().amax(1).nan_to_num(nan=math.inf)  # [B]
         chosen = risk.topk(math.ceil(self.share * len(images))).indices
-        finite = torch.isfinite(self.model(images[chosen].half()).flatten(1)).all(1)
+        try:
+            output = self.model(images[chosen].half())
+        except RuntimeError as error:
+            if "Half" not in str(error):
+                raise
+            self.runs = False  # an operator that has no half precision on this device; the table shows a dash
+            return 0, 0
+        finite = torch.isfinite(output.flatten(1)).all(1)
         return len(chosen), int((~finite).sum())
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
+from .report import plain
+
 RIGHT = 20.0  # an original that is right less often than that has no accuracy to lose
 FRAMES = "frames"  # the family that shows no image at all
 # Always measured, so that JSON's null can only stand for infinity.
@@ -33,7 +35,8 @@ class StressRow:
         largest_logit_original, largest_logit: largest absolute output; infinite if one is not finite.
         largest_activation_original, largest_activation: the same over the outputs of all modules.
         non_finite_original, non_finite: images with a NaN or infinite output.
-        n_fp16: of how many images it is known whether the converted model has a finite output in half precision.
+        n_fp16: of how many images it is known whether the converted model has a finite output in half precision; 0
+            where that was not asked for, or cannot run.
         non_finite_fp16: how many of them have none.
     """
 
@@ -154,8 +157,8 @@ class StressRecord:
             "drop": self.drop,
             "rows_counted": len(self.counted),
             "worst": self.worst.name if self.worst else None,
-            "clean": None if self.clean is None else _plain(self.clean),
-            "rows": [_plain(row) for row in self.rows],
+            "clean": None if self.clean is None else plain(asdict(self.clean)),
+            "rows": [plain(asdict(row)) for row in self.rows],
         }
 
     @classmethod
@@ -165,10 +168,6 @@ class StressRecord:
         rows = [_row(r) for r in record.get("rows", ())]
         clean_row = None if clean is None else _row(clean)
         return cls(record["images"], record["seed"], clean_row, rows, record.get("reason", ""))
-
-
-def _plain(row: StressRow) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
 
 
 def _row(record: Mapping[str, Any]) -> StressRow:

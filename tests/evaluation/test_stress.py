@@ -123,6 +123,22 @@ def test_a_model_too_small_to_overflow_is_not_run_in_fp16(monkeypatch):
     assert stress(Tiny(), big, [small]).clean.n_fp16 == 10
 
 
+@pytest.mark.parametrize("text", ["\"fog\" not implemented for 'Half'", "expected float, got c10::Half"])
+def test_a_model_that_has_no_half_precision_here_is_not_judged(text):
+    class Wide(Tiny):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.dtype == torch.float16:
+                raise RuntimeError(text)
+            return super().forward(x)
+
+    record = stress(Tiny(), Wide(1e4), [normalised(pixels())])
+    assert record.clean.largest_logit > 64
+    assert (record.clean.n_fp16, record.rows[0].n_fp16, record.rows[0].non_finite_fp16) == (0, 0, 0)
+    text = "out of memory"
+    with pytest.raises(RuntimeError, match=text):
+        stress(Tiny(), Wide(1e4), [normalised(pixels())])
+
+
 def test_outputs_that_are_not_finite_are_infinitely_large():
     spoiled = Tiny()
     with torch.no_grad():
