@@ -164,6 +164,8 @@ class _Watched:
     def see(self, module: nn.Module, arguments: Any, output: Any) -> None:
         """Look at a module's output; only a number of it is kept."""
         for tensor in _tensors(output):
+            if any(tensor is argument for argument in arguments):  # an identity, in a folded norm's place
+                continue
             low, high = tensor.detach().aminmax()  # of a NaN, NaN
             size = torch.maximum(-low, high).float()
             self.largest = size if self.largest is None else torch.maximum(self.largest, size)
