@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import click
 import cloup
+from cloup import option
 
 from . import arguments as a
 from . import options as o
@@ -15,6 +17,24 @@ _ALONE = ("n", "top1", "top5", "non_finite")
 @o.model_group()
 @o.against_group()
 @o.images_group()
+@cloup.option_group(
+    "Corrupted images",
+    option(
+        "--stress", is_flag=True, help="also compare with --against on corrupted images: noise, blur, exposure, ..."
+    ),
+    o.numbers(
+        "--stress-samples",
+        type=click.IntRange(1),
+        default=500,
+        help="number of images for --stress, drawn at random from those to evaluate on",
+    ),
+    o.numbers(
+        "--max-stress-drop",
+        type=click.FLOAT,
+        metavar="PTS",
+        help="maximum mean top-1 (without labels: agreement) drop on corrupted images in points; exits 4 if larger",
+    ),
+)
 @o.preprocessing_group()
 @o.device_group()
 @o.messages_group()
@@ -25,7 +45,12 @@ def evaluate(**options: Any) -> None:
 
     \b
     normswap evaluate -m local-dir:out --against local-dir:my-model --data-dir images
+    normswap evaluate -m local-dir:out --against local-dir:my-model --data-dir images --stress
     """
+    if options["stress"] and options["against"] is None:
+        raise click.UsageError("--stress compares two models: name the original with --against.")
+    if options["max_stress_drop"] is not None and not options["stress"]:
+        raise click.UsageError("--max-stress-drop requires --stress.")
     console = Console(options["as_json"], options["quiet"])
     model, against = options["model"], options["against"]
     console.say("load", model)
@@ -44,6 +69,7 @@ def evaluate(**options: Any) -> None:
     console.say("evaluate", f"on {images.description}, device {device}")
     with console.progress() as progress:
         stages = evaluate_models(models, images, a.amp_dtype(options), progress, len(images))
+        stress = _stress(models, images, options, progress) if options["stress"] else None
     last = stages[-1]
     line = last.accuracy_line()
     if line:
@@ -61,7 +87,32 @@ def evaluate(**options: Any) -> None:
         "stages": [vars(stage) for stage in stages],
         **{k: v for k, v in vars(last).items() if k != "name" and (against is not None or k in _ALONE)},
     }
-    console.result(plain(record), stages_table(stages))
+    if stress is None:
+        console.result(plain(record), stages_table(stages))
+        return
+    _show_stress(console, plain(record), stages_table(stages), stress, options["max_stress_drop"])
+
+
+def _stress(models: dict[str, Any], images: Any, options: dict[str, Any], progress: Any) -> Any:
+    from normswap import stress_models
+
+    original, measured = models.values()
+    some = images.draw(options["stress_samples"], options["seed"])
+    return stress_models(
+        original, measured, some, seed=options["seed"], amp_dtype=a.amp_dtype(options), progress=progress
+    )
+
+
+def _show_stress(console: Console, record: dict[str, Any], stages: Any, stress: Any, limit: float | None) -> None:
+    """Print the result, then fail if corrupted images cost more than the limit."""
+    from normswap.errors import CheckFailedError
+    from normswap.reporting.stress_tables import stress_line, stress_table
+
+    console.say("stress", stress_line(stress))
+    console.result({**record, "stress": stress.to_json()}, stress_table(stress), stages)
+    problem = None if limit is None else stress.problem(limit)
+    if problem:
+        raise CheckFailedError(problem, stress)
 
 
 def _open(console: Console, options: dict[str, Any], device: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         OutputError,
     )
     from .evaluation.evaluate import evaluate_models
+    from .evaluation.stress import stress_models
     from .exporting.export import ExportReport, export_model
     from .finetuning.finetune import finetune
     from .finetuning.options import FinetuneOptions
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .pipeline.options import EvaluationOptions, FinetuneStage
     from .planning.plan import Plan, make_plan
     from .records.report import ConversionReport
+    from .records.stress import StressRecord
     from .search.budget import AccuracyBudget
     from .surgery.fold import fold_norms
     from .surgery.swap import swap_norms
@@ -58,6 +60,7 @@ _HOMES = {
     "errors": "ArgumentError BenchmarkError CalibrationError CheckFailedError CheckpointError DataError FoldError "
     "HubError MissingExtraError ModelRefusedError NoLayerNormError NormswapError OutputError",
     "evaluation.evaluate": "evaluate_models",
+    "evaluation.stress": "stress_models",
     "exporting.export": "ExportReport export_model",
     "finetuning.finetune": "finetune",
     "finetuning.options": "FinetuneOptions",
@@ -72,6 +75,7 @@ _HOMES = {
     "pipeline.options": "EvaluationOptions FinetuneStage",
     "planning.plan": "Plan make_plan",
     "records.report": "ConversionReport",
+    "records.stress": "StressRecord",
     "search.budget": "AccuracyBudget",
     "surgery.fold": "fold_norms",
     "surgery.swap": "swap_norms",
@@ -103,6 +107,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "SaveOptions",
+    "StressRecord",
     "Swapped",
     "benchmark_models",
     "calibrate",
@@ -120,6 +125,7 @@ __all__ = [
     "load_swapped",
     "make_plan",
     "save_swapped",
+    "stress_models",
     "swap_norms",
 ]
 

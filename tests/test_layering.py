@@ -21,7 +21,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "layers": (),
     "model_utils": (),
     "module_state": (),
-    "records": ("provenance", "worst_images", "budget", "report"),
+    "records": ("provenance", "worst_images", "budget", "report", "stress"),
     "inputs": (
         "ranges",
         "forms",
@@ -34,10 +34,11 @@ ROAD: dict[str, tuple[str, ...]] = {
         "stream",
         "dataset",
         "overlap",
+        "normalisation",
     ),
     "planning": ("options", "graph", "channels", "operands", "foldability", "ffn", "plan"),
     "surgery": ("swap", "fold"),
-    "evaluation": ("worst_images", "evaluate"),
+    "evaluation": ("worst_images", "evaluate", "corruptions", "stress"),
     "calibration": (
         "options",
         "moments",
@@ -65,8 +66,9 @@ ROAD: dict[str, tuple[str, ...]] = {
     "reporting": (
         "conversion_tables",
         "budget_tables",
-        "model_card",
         "svg_charts",
+        "stress_tables",
+        "model_card",
         "benchmark_charts",
         "html_report",
     ),

@@ -29,8 +29,8 @@ def kl_divergence(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return functional.kl_div(output.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
-class _Tally:
-    """Running sums of one model's metrics."""
+class Tally:
+    """Running sums of one model's metrics, over batches."""
 
     def __init__(self) -> None:
         self.n = self.labelled = self.non_finite = 0
@@ -65,6 +65,8 @@ class _Tally:
         return divergence
 
     def metrics(self, name: str) -> StageMetrics:
+        """Return what the sums come to."""
+
         def percent(count: float, of: int) -> float | None:
             return 100 * count / of if of and self.is_classifier else None
 
@@ -117,7 +119,7 @@ def evaluate_models(
     ('copy', 4, 100.0, 0.0)
     """
     check_weights(*models.values())
-    tallies = {name: _Tally() for name in models}
+    tallies = {name: Tally() for name in models}
     first = next(iter(models.values()))
     weight = next(first.parameters())
     classifier = has_classes(first)

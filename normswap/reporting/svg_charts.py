@@ -77,6 +77,23 @@ class Bar:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One cell of a heat map.
+
+    Attributes:
+        text: in the cell.
+        title: all its numbers.
+        style: class of the cell, which gives its colour.
+        faint: whether its number says little, so that it is not bold.
+    """
+
+    text: str
+    title: str
+    style: str
+    faint: bool = False
+
+
+@dataclass(frozen=True)
 class Scale:
     """A straight map from values to pixels; what lies outside the values is drawn at their edge."""
 
@@ -239,6 +256,33 @@ def bars(rows: Sequence[Bar], title: str, unit: str, digits: int = 1) -> Svg:
                 _line(svg, line[0], top + line[1], line[2], top + line[3], "whisker")
             edge = max(edge, x(high))
         _words(svg, edge + 6, top + 31, f"{value:.{digits}f} {unit}", "value")
+    return _done(svg)
+
+
+def heat_map(rows: Sequence[tuple[str, Sequence[Cell]]], title: str) -> Svg:
+    """Draw one row of cells per name, as many in each as it has; what the columns are, the texts say.
+
+    Args:
+        rows: names and their cells, from left to right.
+        title: what is drawn, for screen readers.
+    """
+    step, gap = 36.0, 2.0
+    columns = max((len(cells) for _, cells in rows), default=1)
+    width = (WIDTH - _LABELS) / max(columns, 1)
+    told = "; ".join(f"{name}: {', '.join(cell.title for cell in cells)}" for name, cells in rows)
+    svg = _svg(step * max(len(rows), 1), title, told)
+    for i, (name, cells) in enumerate(rows):
+        top = step * i
+        _words(svg, 0, top + step / 2 + 4, _short(name, _LABEL_LETTERS), "name", name)
+        for k, cell in enumerate(cells):
+            left = _LABELS + width * k
+            mark = _mark(svg, "rect", cell.style, cell.title)
+            _set(mark, x=left, y=top, width=width - gap, height=step - gap, rx=1.5)
+            head, _, rest = cell.text.partition("\n")
+            style = "middle" if cell.faint else "value middle"
+            _words(svg, left + (width - gap) / 2, top + (14 if rest else 21), head, style)
+            if rest:
+                _words(svg, left + (width - gap) / 2, top + 28, rest, "middle")
     return _done(svg)
 
 
