@@ -145,7 +145,7 @@ def calibration(options: dict[str, Any]) -> Any:
     """Return the `normswap.CalibrationOptions` that were asked for."""
     from normswap.calibration.options import CalibrationOptions
 
-    names = ("method", "reconstruct", "refine_steps", "memory_budget")
+    names = ("method", "reconstruct", "refine_steps", "memory_budget", "views")
     return CalibrationOptions(**{name: options[name] for name in names})
 
 
@@ -170,8 +170,11 @@ def evaluation(options: dict[str, Any]) -> Any:
     """Return the `normswap.EvaluationOptions` that were asked for."""
     from normswap.pipeline.options import EvaluationOptions
 
-    worst = {"worst_images": options["worst_images"]} if "worst_images" in options else {}
-    return EvaluationOptions(atol=options["atol"], amp_dtype=amp_dtype(options), name=options["model"], **worst)
+    names = ("worst_images", "max_stress_drop")
+    given: dict[str, Any] = {name: options[name] for name in names if name in options}
+    if "stress" in options:
+        given["stress"] = options["stress_samples"] if options["stress"] else 0
+    return EvaluationOptions(atol=options["atol"], amp_dtype=amp_dtype(options), name=options["model"], **given)
 
 
 def saving(options: dict[str, Any], sources: list[Path], data_config: dict[str, Any] | None) -> Any:

@@ -16,6 +16,8 @@ def show(console: Console, report: Any, verbose: int) -> None:
 
 def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     """Say what was found; return the tables."""
+    from normswap.reporting.stress_tables import stress_line
+
     _say_calibration(console, report, verbose)
     for stage in report.stages:
         line = stage.accuracy_line()
@@ -28,6 +30,8 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     console.say("fold", f"largest difference of an output, fused against unfused: {report.fold_max_abs_err:.3g}")
     if report.fold_warning is not None:
         console.say("note", report.fold_warning)
+    if report.stress is not None:
+        console.say("stress", stress_line(report.stress))
     return _tables(report, verbose)
 
 
@@ -67,6 +71,7 @@ def _tables(report: Any, verbose: int) -> list[Any]:
         stream_table,
         worst_rows,
     )
+    from normswap.reporting.stress_tables import stress_table
     from normswap.tables import table
 
     tables = []
@@ -78,6 +83,8 @@ def _tables(report: Any, verbose: int) -> list[Any]:
         rows = worst_rows(report.worst, None if verbose else 3)
         cells = [[escape(cell) for cell in row] for row in rows]
         tables.append(table(WORST_COLUMNS, cells, WORST_TITLE, right=WORST_COLUMNS[-1:]))
+    if verbose and report.stress is not None and report.stress.rows:
+        tables.append(stress_table(report.stress))
     if report.budget is not None:
         tables.append(budget_table(report.budget))
     if report.stages:
@@ -107,4 +114,5 @@ def say_what_next(console: Console, options: dict[str, Any], report: Any) -> Non
     if options["save_swapped"] is not None:
         console.say("wrote", f"{options['save_swapped']}, with BatchNorm in: for normswap finetune and normswap fuse")
     changes = {**next_command.as_original(options), "model": f"local-dir:{out}"}
+    changes |= {"stress_samples": None, "max_stress_drop": None}  # evaluate has a longer check of its own
     console.say("next", next_command.line("evaluate", options, **changes))

@@ -18,6 +18,7 @@ from . import arguments as a
 from . import conversion_output, export
 from . import options as o
 from .console import Console, JoinedCommand
+from .finetune_options import finetune_group
 from .processes import is_first, joined
 
 _CALIBRATION, _EVALUATION = CalibrationOptions(), EvaluationOptions()
@@ -52,6 +53,13 @@ def _calibration_group() -> o.Decorator:
             type=click.IntRange(0),
             help="gradient steps of 32 images for each attention; more steps raise agreement but take longer  "
             "[one per batch, at least 28]",
+        ),
+        o.numbers(
+            "--views",
+            type=click.FloatRange(0, 1),
+            default=_CALIBRATION.views,
+            metavar="X",
+            help="share of the calibration images to corrupt at random, so that the model holds on unusual images",
         ),
         option(
             "--memory-budget",
@@ -100,9 +108,19 @@ def _output_group() -> o.Decorator:
 @_output_group()
 @_calibration_group()
 @o.budget_group()
+@cloup.option_group(
+    "Corrupted images",
+    option(
+        "--stress/--no-stress",
+        default=True,
+        show_default=True,
+        help="compare with the original on corrupted images: noise, blur, exposure, ...",
+    ),
+    *o.stress_options(_EVALUATION.stress),
+)
 @o.device_group()
 @o.preprocessing_group()
-@o.finetune_group(
+@finetune_group(
     option("--control", is_flag=True, help="also fine-tune the unconverted model, with the same options"),
 )
 @o.messages_group()

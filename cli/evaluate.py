@@ -22,18 +22,7 @@ _ALONE = ("n", "top1", "top5", "non_finite")
     option(
         "--stress", is_flag=True, help="also compare with --against on corrupted images: noise, blur, exposure, ..."
     ),
-    o.numbers(
-        "--stress-samples",
-        type=click.IntRange(1),
-        default=500,
-        help="number of images for --stress, drawn at random from those to evaluate on",
-    ),
-    o.numbers(
-        "--max-stress-drop",
-        type=click.FLOAT,
-        metavar="PTS",
-        help="maximum mean top-1 (without labels: agreement) drop on corrupted images in points; exits 4 if larger",
-    ),
+    *o.stress_options(500),
 )
 @o.preprocessing_group()
 @o.device_group()
@@ -55,8 +44,8 @@ def evaluate(**options: Any) -> None:
     model, against = options["model"], options["against"]
     console.say("load", model)
     from normswap import evaluate_models, load_images
+    from normswap.records.json_types import plain
     from normswap.records.provenance import versions
-    from normswap.records.report import plain
     from normswap.reporting.conversion_tables import stages_table
 
     device = a.pick_device(options["device"])

@@ -9,6 +9,7 @@ from . import arguments as a
 from . import next_command
 from . import options as o
 from .console import Console, JoinedCommand, NormswapCommand
+from .finetune_options import finetune_group
 from .processes import is_first, joined
 
 
@@ -33,7 +34,7 @@ def _original_group() -> o.Decorator:
 @_swapped_group()
 @o.images_group(o.train_split_option("to train on"))
 @o.output_group(required=True)
-@o.finetune_group(prefix="", epochs=1, samples="all of the split")
+@finetune_group(prefix="", epochs=1, samples="all of the split")
 @_original_group()
 @o.preprocessing_group()
 @o.device_group()

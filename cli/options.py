@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 from cloup import option, option_group
 
-from normswap.finetuning.options import BN_MODES, FADE_ORDERS, FinetuneOptions
+from normswap.finetuning.options import FinetuneOptions
 from normswap.search.budget import AccuracyBudget
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
@@ -238,6 +238,23 @@ def budget_group() -> Decorator:
     )
 
 
+def stress_options(samples: int) -> tuple[Decorator, ...]:
+    return (
+        numbers(
+            "--stress-samples",
+            type=click.IntRange(1),
+            default=samples,
+            help="number of evaluation images for --stress, drawn at random",
+        ),
+        numbers(
+            "--max-stress-drop",
+            type=click.FLOAT,
+            metavar="PTS",
+            help="maximum mean top-1 (without labels: agreement) drop on corrupted images in points; exits 4 if larger",
+        ),
+    )
+
+
 def atol_option() -> Decorator:
     return numbers(
         "--atol",
@@ -245,138 +262,6 @@ def atol_option() -> Decorator:
         metavar="X",
         help="maximum change of a logit by the fold; exits 4 if it is larger  [off: only a fold that float64 finds "
         "wrong exits 4, and unusual rounding is noted]",
-    )
-
-
-def finetune_group(
-    *more: Decorator, prefix: str = "finetune-", epochs: int = 0, samples: str = "as many as for calibration"
-) -> Decorator:
-    """Return the options of fine-tuning; ``prefix`` goes before the names that mean something else in convert."""
-    return option_group(
-        "Fine-tuning",
-        numbers(
-            f"--{prefix}epochs",
-            "finetune_epochs",
-            type=click.IntRange(0 if prefix else 1),
-            default=epochs,
-            help="number of epochs of distillation from the original model" + ("; 0: none" if prefix else ""),
-        ),
-        numbers(
-            f"--{prefix}samples",
-            "finetune_samples",
-            type=click.IntRange(2),
-            help=f"number of images to train on, with those held out  [{samples}]",
-        ),
-        *_optimiser_options(),
-        *_loss_options(),
-        *_training_options(),
-        option("--train-amp", is_flag=True, help="train in bfloat16 mixed precision"),
-        option(
-            f"--{prefix}state",
-            "finetune_state",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="file that keeps the state of the training run",
-        ),
-        option("--resume", is_flag=True, help=f"resume the run from --{prefix}state, which must exist"),
-        option("--auto-resume", is_flag=True, help=f"resume if --{prefix}state exists, otherwise begin"),
-        *more,
-    )
-
-
-def _optimiser_options() -> tuple[Decorator, ...]:
-    positive = click.FloatRange(0, min_open=True)
-    return (
-        numbers("--lr", type=positive, default=_TRAINING.lr, metavar="X", help="peak learning rate"),
-        numbers(
-            "--train-batch-size", type=click.IntRange(1), default=_TRAINING.batch_size, help="batch size in training"
-        ),
-        numbers(
-            "--grad-accum-steps",
-            type=click.IntRange(1),
-            default=_TRAINING.accumulate,
-            help="gradient accumulation: batches per optimiser step",
-        ),
-        option("--opt", metavar="NAME", default=_TRAINING.opt, show_default=True, help="timm optimiser"),
-        numbers(
-            "--weight-decay",
-            type=click.FloatRange(0),
-            default=_TRAINING.weight_decay,
-            metavar="X",
-            help="weight decay of the optimiser",
-        ),
-        numbers(
-            "--warmup",
-            type=click.FloatRange(0, 1, max_open=True),
-            default=_TRAINING.warmup,
-            metavar="X",
-            help="learning rate warm-up: share of the steps",
-        ),
-        numbers(
-            "--clip-grad",
-            type=positive,
-            default=_TRAINING.clip_grad,
-            metavar="X",
-            help="gradient clipping: maximum norm",
-        ),
-    )
-
-
-def _loss_options() -> tuple[Decorator, ...]:
-    weights = (
-        ("--kl-weight", _TRAINING.kl, "loss weight of the KL of the outputs"),
-        ("--feature-weight", _TRAINING.features, "loss weight of the error in the residual stream"),
-        ("--label-weight", _TRAINING.labels, "loss weight of the labels"),
-    )
-    return tuple(
-        numbers(flag, type=click.FloatRange(0), default=default, metavar="X", help=text)
-        for flag, default, text in weights
-    )
-
-
-def _training_options() -> tuple[Decorator, ...]:
-    return (
-        option(
-            "--bn-mode",
-            type=click.Choice(BN_MODES),
-            default=_TRAINING.bn_mode,
-            show_default=True,
-            help="BatchNorm statistics in training: calibrated ones, or those of each batch",
-        ),
-        option("--train-stem", is_flag=True, help="train the stem too; training becomes less stable"),
-        numbers(
-            "--hflip",
-            type=click.FloatRange(0, 1),
-            default=_TRAINING.hflip,
-            metavar="P",
-            help="augmentation: probability of a horizontal flip",
-        ),
-        numbers(
-            "--scale",
-            type=click.FloatRange(0, 1, min_open=True),
-            default=_TRAINING.scale,
-            metavar="X",
-            help="augmentation: minimum share of the area that a random crop keeps",
-        ),
-        numbers(
-            "--fade",
-            type=click.FloatRange(0, 1, max_open=True),
-            default=_TRAINING.fade,
-            metavar="X",
-            help="share of the run over which each LayerNorm is blended into its BatchNorm",
-        ),
-        option(
-            "--fade-order",
-            type=click.Choice(FADE_ORDERS),
-            default=_TRAINING.fade_order,
-            show_default=True,
-            help="order in which the LayerNorms are blended",
-        ),
-        numbers(
-            "--model-ema-decay",
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            metavar="X",
-            help="decay of an exponential moving average of the weights  [off]",
-        ),
     )
 
 

@@ -26,6 +26,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_stress_check(request, monkeypatch) -> None:
+    """Leave the check on corrupted images out of conversions: it takes longer than they do."""
+    if "with_stress" not in request.fixturenames:
+        for step in ("steps", "from_swapped"):
+            monkeypatch.setattr(f"normswap.pipeline.{step}.stress_check", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def with_stress() -> None:
+    """Let conversions make their check on corrupted images."""
+
+
 @pytest.fixture(scope="session")
 def shared_model() -> str:
     folder = SHARED / "models" / "vits14_cifar10"

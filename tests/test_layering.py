@@ -21,7 +21,7 @@ ROAD: dict[str, tuple[str, ...]] = {
     "layers": (),
     "model_utils": (),
     "module_state": (),
-    "records": ("provenance", "worst_images", "budget", "report", "stress"),
+    "records": ("json_types", "provenance", "worst_images", "budget", "stress", "report"),
     "inputs": (
         "ranges",
         "forms",
@@ -49,6 +49,7 @@ ROAD: dict[str, tuple[str, ...]] = {
         "solvable_layers",
         "attention_refinement",
         "reconstruction",
+        "views",
         "calibrate",
     ),
     "finetuning": (
@@ -81,7 +82,9 @@ ROAD: dict[str, tuple[str, ...]] = {
         "conversion",
         "checks",
         "first_look",
+        "stress_check",
         "resumption",
+        "work",
         "steps",
         "convert",
         "from_swapped",

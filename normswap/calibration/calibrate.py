@@ -14,6 +14,7 @@ from torch import nn
 from ..ambient import known_context, thaw, thawed
 from ..errors import ArgumentError, CalibrationError
 from ..inputs.batches import ImageBatches
+from ..inputs.normalisation import Normalisation
 from ..layers import TokenBatchNorm
 from ..model_utils import eval_mode, find_module
 from ..module_state import check_state, check_weights
@@ -26,6 +27,7 @@ from .moments import CACHED_ROWS, Moments
 from .options import CalibrationOptions
 from .reconstruction import ROWS_KEPT, Reconstruction, drawn
 from .solvable_layers import Readers, Writer, find_readers, find_writers
+from .views import viewed
 
 
 class _MapObserver(Observer):
@@ -104,6 +106,8 @@ def calibrate(
         raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm: swap first")
     observers = {path: _MapObserver(path, norm) for path, norm in norms.items() if path not in sites}
     batches = ImageBatches.of(images, next(original.parameters()))
+    if options.views and batches is not images:  # who passes finished batches has seen to that
+        batches = viewed(batches, Normalisation.of(images, original), options.views)
     budget = options.memory_budget or default_budget()
     with (
         eval_mode(original, swapped),

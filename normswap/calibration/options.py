@@ -22,6 +22,9 @@ class CalibrationOptions:
             outputs nearer to the original's and cost time, see docs/calibration.md.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free. On a GPU as many may stay there, up to half of what is free there.
+        views: share of the calibration images that carry one random corruption (noise, blur, brightness, contrast, salt
+            and pepper), 0 to 1. It makes the converted model hold on images unlike the calibration images, see
+            docs/robustness.md.
 
     >>> CalibrationOptions(method="channel").check()
     >>> CalibrationOptions(method="magic").check()
@@ -34,6 +37,7 @@ class CalibrationOptions:
     reconstruct: str = "all"
     refine_steps: int | None = None
     memory_budget: int | None = None
+    views: float = 0.0
 
     def check(self) -> None:
         """Refuse invalid values.
@@ -49,6 +53,9 @@ class CalibrationOptions:
             raise ArgumentError(f"`refine_steps` must be 0 or more, not {self.refine_steps}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ArgumentError(f"`memory_budget` must be a number of bytes above 0, not {self.memory_budget}")
+
+        if not 0 <= self.views <= 1:
+            raise ArgumentError(f"`views` must be a share of the images from 0 to 1, not {self.views}")
 
     @property
     def solves_writers(self) -> bool:

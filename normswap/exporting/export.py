@@ -22,7 +22,8 @@ from ..model_utils import eval_mode, example_batch, has_classes, pretrained_cfg,
 from ..module_state import check_state, check_weights
 from ..planning.graph import export_program
 from ..progress import Progress, no_progress
-from ..records.report import plain, versions
+from ..records.json_types import plain
+from ..records.report import versions
 from .fp16 import HalfReport, check_fp16
 from .int8 import Int8Report, check_int8
 from .layernorm_search import Inventory, count_onnx, count_program

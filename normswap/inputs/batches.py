@@ -1,6 +1,8 @@
 """Images in any form as batches of one size, checked once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -112,6 +114,13 @@ class ImageBatches(Sequence[torch.Tensor]):
         if isinstance(images, cls) and (images[0].dtype, images[0].device) == (like.dtype, like.device):
             return images
         return cls(images, like)
+
+    def mapped(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> "ImageBatches":
+        """Return batches in the same order of what ``change`` makes of each, given the place of its first image."""
+        result = copy.copy(self)
+        starts = itertools.accumulate(map(len, self._batches), initial=0)
+        result._batches = [change(batch, start) for batch, start in zip(self._batches, starts, strict=False)]
+        return result
 
     @property
     def input_size(self) -> tuple[int, int, int]:

@@ -25,6 +25,7 @@ from ..planning.options import FfnBn
 from ..planning.plan import Plan, make_plan
 from ..records.budget import BudgetRecord, SiteCost, Trial
 from ..records.report import ConversionReport, Finetuning, LayerFit, SiteFit, StageMetrics, StreamError
+from ..records.stress import StressRecord
 from ..records.worst_images import Answer, WorstImage
 from ..surgery.swap import swap_norms
 from .options import SaveOptions
@@ -176,6 +177,8 @@ def _report(record: dict[str, Any]) -> ConversionReport:
         found.budget = read_budget(record["budget"])
     if record["finetuning"] is not None:
         found.finetuning = Finetuning(**record["finetuning"])
+    if record.get("stress") is not None:  # folders of 0.1 have none
+        found.stress = StressRecord.from_json(record["stress"])
     return found
 
 

@@ -15,7 +15,8 @@ from ..progress import Progress, no_progress
 from ..search.budget import AccuracyBudget
 from .conversion import Conversion
 from .options import EvaluationOptions, FinetuneStage
-from .steps import Request, calibrated, checked, finetuned, folded, measured, prepared
+from .steps import calibrated, checked, finetuned, folded, measured, prepared
+from .work import Request
 
 
 @known_context()

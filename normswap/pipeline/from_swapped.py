@@ -26,6 +26,7 @@ from ..surgery.fold import created_biases, fold_norms
 from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .options import EvaluationOptions
+from .stress_check import shuffled, stress_check
 
 # Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
 _RANDOM_IMAGES = 8
@@ -84,7 +85,7 @@ def finetune_swapped(
     last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
     _judge(swapped.report, last)
     report = swapped.report
-    report.worst = []  # of the model before
+    report.worst, report.stress = [], None  # of the model before
     report.finetuning, report.stages, report.versions = found, [*first, last[-1]], versions()
     report.seconds["finetune"] = round(report.seconds.get("finetune", 0.0) + found.seconds, 3)
     report.evaluation_data = describe(evaluation, last[-1].n)
@@ -134,6 +135,10 @@ def fuse(
         if original is not None:
             _judge(report, report.stages)
         report.worst, thumbnails = pictured(worst, images, fused)
+        report.stress = None
+        if original is not None and evaluation.stress:
+            some = shuffled(images, images, evaluation.stress, batches[0])
+            report.stress = stress_check(original, fused, some, evaluation, progress)
         report.evaluation_data, report.overlap = describe(images, report.stages[-1].n), None
     problem = fold.problem(evaluation.atol)
     if problem is not None:

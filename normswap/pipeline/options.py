@@ -1,5 +1,6 @@
 """What `convert` and `fuse` are told beyond model and images. Imports no torch: the command line reads it too."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,18 @@ class EvaluationOptions:
         amp_dtype: autocast to it in the evaluation; calibration and fold never use it.
         worst_images: how many of the evaluation images that changed most go into the report, as small pictures.
         name: what to call the model in the report; default: timm's name of the architecture.
+        stress: how many evaluation images the short check on corrupted images draws, see `normswap.stress_models`; 0
+            leaves it out.
+        max_stress_drop: points of top-1 (of agreement without labels) that may be lost on the mean over the rows of
+            that check; more is a `CheckFailedError`.
     """
 
     atol: float | None = None
     amp_dtype: "torch.dtype | None" = None
     worst_images: int = 8
     name: str | None = None
+    stress: int = 200
+    max_stress_drop: float | None = None
 
     def check(self) -> None:
         """Refuse invalid values.
@@ -39,6 +46,10 @@ class EvaluationOptions:
             raise ArgumentError(f"`atol` must be 0 or more, not {self.atol}")
         if self.worst_images < 0:
             raise ArgumentError(f"`worst_images` must be 0 or more, not {self.worst_images}")
+        if self.stress < 0:
+            raise ArgumentError(f"`stress` must be 0 or more images, not {self.stress}")
+        if self.max_stress_drop is not None and (math.isnan(self.max_stress_drop) or not self.stress):
+            raise ArgumentError(f"`max_stress_drop` {self.max_stress_drop:g} needs a number of points, and `stress`")
 
 
 @dataclass(frozen=True)

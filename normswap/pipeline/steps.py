@@ -1,149 +1,39 @@
 """The steps of `convert`, in their order; each takes the work at hand one step further."""
 
 import copy
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..ambient import thawed
-from ..calibration.options import CalibrationOptions
+from ..calibration.views import viewed
 from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
 from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
-from ..finetuning.run_state import TrainingState
 from ..inputs.batches import ImageBatches
 from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.normalisation import Normalisation
 from ..inputs.overlap import note_overlap
-from ..model_utils import eval_mode, has_classes, meta_copy
+from ..model_utils import eval_mode, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
-from ..outputs.rebuild import Rebuilt, describe_edits, rebuilt
-from ..planning.options import FfnBn
-from ..planning.plan import Plan, make_plan
-from ..progress import Progress
-from ..records.budget import BudgetRecord
-from ..records.report import ConversionReport, Finetuning
-from ..search.budget import NO_HEAD, AccuracyBudget
+from ..outputs.rebuild import describe_edits, rebuilt
+from ..planning.plan import make_plan
+from ..records.report import ConversionReport
 from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms
 from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .first_look import FirstLook, look_at
-from .options import EvaluationOptions, FinetuneStage
 from .resumption import calibration_fingerprint, opened, recall, remember
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `convert` was asked for; see there."""
-
-    model: nn.Module
-    images: Iterable[Any]
-    eval_images: Iterable[Any] | None
-    plan: Plan | None
-    ffn_bn: FfnBn
-    calibration: CalibrationOptions
-    budget: AccuracyBudget
-    finetune: FinetuneStage | None
-    evaluation: EvaluationOptions
-    progress: Progress
-
-    def check(self) -> None:
-        """Refuse invalid arguments, before any image is read.
-
-        Raises:
-            ArgumentError: what is wrong with which.
-        """
-        self.calibration.check()
-        self.budget.check()
-        self.evaluation.check()
-        if self.finetune is not None:
-            self.finetune.check()
-        if self.budget.min_agreement is not None and not has_classes(self.model):
-            raise ArgumentError(NO_HEAD)
-
-
-class Clock:
-    """Wall-clock seconds per named step."""
-
-    def __init__(self, **seconds: float) -> None:
-        self.seconds = seconds
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
-
-
-@dataclass
-class Work:
-    """A conversion under way.
-
-    Attributes:
-        request: what was asked for.
-        original: the model in eval mode.
-        plan: what becomes of each LayerNorm; the search may keep some more.
-        batches: calibration images, in the dtype and on the device of the model.
-        calibration_data: which images these are, in words.
-        source, named: what is evaluated on, and the same as the set that names its images.
-        source_data: which images these are, in words; None until they are counted.
-        training, held_out: images of the fine-tuning; None without.
-        state, resumed: the file of the training run, None where none is kept, and whether the run goes on from it.
-        fingerprint: what tells this calibration from others.
-        shadow, rebuilt: the original on the meta device, and what timm can rebuild of it.
-        clock: seconds per step.
-        outputs: of the original on the evaluation images, by number of the batch, where the search has them.
-        attempt: the calibrated conversion.
-        budget: the record of the search; None without one.
-        trained: calibrated, and fine-tuned if that was asked for; not folded.
-        finetuning: the record of the fine-tuning.
-        controls: the fine-tuned copy of the unconverted model, by stage name.
-        fused, fold: the folded model, and how its outputs differ from those of ``trained``.
-        result: the folded model in the precision, and with the training flags, of the caller's.
-        report, thumbnails: what was measured, and pictures of the images that changed most.
-    """
-
-    request: Request
-    original: nn.Module
-    plan: Plan
-    batches: ImageBatches
-    calibration_data: str
-    source: Iterable[Any]
-    named: Iterable[Any]
-    source_data: str | None
-    training: Iterable[Any] | None
-    held_out: list[Any] | None
-    shadow: nn.Module
-    rebuilt: Rebuilt
-    clock: Clock
-    state: TrainingState | None
-    resumed: bool
-    fingerprint: dict[str, Any]
-    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    attempt: Attempt = field(init=False)
-    budget: BudgetRecord | None = None
-    trained: nn.Module = field(init=False)
-    finetuning: Finetuning | None = None
-    controls: dict[str, nn.Module] = field(default_factory=dict)
-    fused: nn.Module = field(init=False)
-    fold: FoldCheck = field(init=False)
-    result: nn.Module = field(init=False)
-    report: ConversionReport = field(init=False)
-    thumbnails: list[str] = field(init=False)
-
-    @property
-    def total(self) -> int:
-        """How many evaluation images there will be, for the progress."""
-        return len(self.source) if isinstance(self.source, ImageSet) else self.batches.image_count
+from .stress_check import shuffled, stress_check
+from .work import Clock, Request, Work
 
 
 def prepared(request: Request) -> Work:
@@ -184,7 +74,7 @@ def prepared(request: Request) -> Work:
         settings = (request.ffn_bn, request.calibration, request.budget)
         fingerprint = calibration_fingerprint(original, plan, batches, *settings, source_data)
     state, resumed = opened(stage, fingerprint)
-    shadow = meta_copy(original)
+    shadow, share = meta_copy(original), request.calibration.views
     work = Work(
         request,
         original,
@@ -197,6 +87,7 @@ def prepared(request: Request) -> Work:
         training=training,
         held_out=held_out,
         shadow=shadow,
+        viewed=viewed(batches, Normalisation.of(request.images, model), share) if share else batches,
         rebuilt=rebuilt(original, shadow, batches[0][:2]),
         clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
         state=state,
@@ -256,7 +147,7 @@ def _calibrate(work: Work) -> None:
             request.budget,
             work.original,
             work.plan,
-            work.batches,
+            work.viewed,
             request.ffn_bn,
             request.calibration,
             work.source,
@@ -269,7 +160,7 @@ def _calibrate(work: Work) -> None:
             work.budget, work.attempt = trials.search()
     else:
         work.attempt = Attempt.make(
-            work.original, work.plan, work.batches, request.ffn_bn, request.calibration, request.progress
+            work.original, work.plan, work.viewed, request.ffn_bn, request.calibration, request.progress
         )
 
 
@@ -322,6 +213,11 @@ def measured(work: Work) -> None:
         )
     if work.source_data is None:
         report.evaluation_data = describe(work.source, report.stages[0].n)
+    if evaluation.stress and world()[0] == 0:
+        with work.clock("stress"):
+            source = work.batches if isinstance(work.source, Iterator) else work.source  # an iterator is used up
+            images = shuffled(work.named, source, evaluation.stress, work.batches[0])
+            report.stress = stress_check(work.original, work.fused, images, evaluation, request.progress)
     note_overlap(report, work.named, [request.images, work.training])
     report.worst, work.thumbnails = pictured(worst, work.named, request.model)
     sets = [images for images in (request.images, request.eval_images) if isinstance(images, ImageSet)]
@@ -348,6 +244,7 @@ def _report(work: Work) -> ConversionReport:
         stream=fitted.stream,
         reconstruct=request.calibration.reconstruct if method == "reconstruct" else None,
         refine_steps=fitted.refine_steps,
+        views=request.calibration.views,
         finetuning=work.finetuning,
         budget=work.budget,
         created_biases=created_biases(work.original, work.fused),
@@ -387,6 +284,9 @@ def checked(work: Work) -> Conversion:
     problem_ = budget.problem(first, last)
     if work.budget is not None:
         work.budget.met = problem_ is None
+    limit = request.evaluation.max_stress_drop
+    if problem_ is None and limit is not None and report.stress is not None:
+        problem_ = report.stress.problem(limit)
     if problem_ is not None:
         search = work.budget
         tried = f", the best of {len(search.trials)} tries with at most {search.max_keep} put back" if search else ""

@@ -3,12 +3,13 @@
 Accuracy and agreement are in percent, as timm prints them; times in seconds; divergences in nats.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .budget import BudgetRecord
+from .json_types import plain
 from .provenance import versions
+from .stress import StressRecord
 from .worst_images import WorstImage
 
 # What loads an output folder: timm alone; normswap, on its own; normswap, into a model that the caller has.
@@ -204,6 +205,7 @@ class ConversionReport:
     evaluation_data: str
     reconstruct: str | None = None
     refine_steps: int | None = None
+    views: float = 0.0
     out: str | None = None
     fits: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
@@ -215,6 +217,7 @@ class ConversionReport:
     created_biases: list[str] = field(default_factory=list)
     stock_timm: str | None = None
     worst: list[WorstImage] = field(default_factory=list)
+    stress: StressRecord | None = None
     overlap: int | None = None  # evaluation images that were calibrated or trained on too; None if not known
     skipped_images: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -255,16 +258,8 @@ class ConversionReport:
         record["kept"] = list(self.stayed)
         record["non_finite"] = last.non_finite if last else 0
         record["calibration_passes"] = self.calibration_passes
+        record["stress"] = None if self.stress is None else self.stress.to_json()
         return plain(record)
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` with every NaN and infinity as None, since JSON has no words for them."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _accuracy(stage: StageMetrics | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
-from .report import plain
+from .json_types import plain
 
 RIGHT = 20.0  # an original that is right less often than that has no accuracy to lose
 FRAMES = "frames"  # the family that shows no image at all

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 from ..errors import CheckpointError, MissingExtraError
 from ..records.report import LayerFit, SiteFit, StageMetrics, StreamError
-from ..tables import number
+from ..records.stress import StressRecord
+from ..tables import number, sentence
 from .benchmark_charts import Speed
 from .conversion_tables import STREAM_COLUMNS, kept_layers, printable, scarce_rows, stream_rows
+from .stress_tables import STRESS_COLUMNS, logit_chart, stress_chart, stress_line, stress_rows
 from .svg_charts import Scale, Series, Step, Svg, dots, finite, ticks, waterfall
 
 T = TypeVar("T")
@@ -126,6 +128,7 @@ def _content(record: Mapping[str, Any]) -> dict[str, Any]:
         "layer_rows": [_layer_row(f) for f in layers],
         "notes": [*kept, *([scarce] if scarce else [])],
         "worst": _worst(record),
+        **_stress(report.get("stress")),
         "provenance": _provenance(record),
         "seconds": [(name, finite(s)) for name, s in report["seconds"].items()],
         "benchmark_command": _benchmark_command(report),
@@ -212,6 +215,21 @@ def _worst(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     images = record["report"].get("worst") or []
     pictures += [None] * (len(images) - len(pictures))
     return [{**image, "thumbnail": picture} for image, picture in zip(images, pictures, strict=False)]
+
+
+def _stress(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what the page shows of corrupted images; records of 0.1 have none."""
+    if record is None:
+        return {"stress": None}
+    stress = StressRecord.from_json(record)
+    rows = stress_rows([*([] if stress.clean is None else [stress.clean]), *stress.rows])
+    return {
+        "stress": sentence(stress_line(stress)),
+        "stress_images": stress.images,
+        "stress_columns": STRESS_COLUMNS,
+        "stress_rows": rows,
+        "stress_charts": [chart for chart in (stress_chart(stress), logit_chart(stress)) if chart is not None],
+    }
 
 
 def _provenance(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from .conversion_tables import (
     stream_rows,
     worst_rows,
 )
+from .stress_tables import stress_markdown
 
 _STOCK = """Plain timm loads it; normswap is not needed:
 
@@ -114,6 +115,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         *_budget(report),
         *_stream(report),
         *_worst_images(report),
+        *([] if report.stress is None else stress_markdown(report.stress)),
         "## Loading",
         "",
         load,

@@ -77,8 +77,8 @@ def test_the_help_of_an_option_stands_alone(command):
 def test_the_common_groups_come_first():
     titles = [group.title for group in cli.commands["convert"].option_groups]
     assert titles == [
-        "Model", "Images", "Output", "Calibration", "Accuracy budget", "Device and speed", "Preprocessing",
-        "Fine-tuning", "Messages",
+        "Model", "Images", "Output", "Calibration", "Accuracy budget", "Corrupted images", "Device and speed",
+        "Preprocessing", "Fine-tuning", "Messages",
     ]  # fmt: skip
 
 

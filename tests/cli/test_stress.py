@@ -1,12 +1,18 @@
-"""``evaluate --stress``: what it prints, its JSON, its limit, and what it asks for."""
+"""``evaluate --stress`` and the short check of every ``convert``: what they print, their JSON and their limit."""
+
+import json
+import subprocess
+import sys
 
 import pytest
 
+import normswap
 from normswap.demo import MODEL
-from normswap.evaluation.stress import STRESS
+from normswap.evaluation.stress import BRIEF, STRESS
 from normswap.records.stress import StressRecord
+from normswap.reporting.stress_tables import stress_line
 
-from .test_cli import IMAGES, one_object, run
+from .test_cli import DEMO, IMAGES, one_object, run
 
 STRESSED = ("--stress", "--stress-samples", 8)
 
@@ -63,3 +69,50 @@ def test_what_is_missing_is_a_usage_error(arguments, error):
     done = run("evaluate", "-m", MODEL, *IMAGES, *arguments)
     assert done.exit_code == 2
     assert done.stderr.splitlines()[-1] == f"Error: {error}"
+
+
+@pytest.fixture(scope="module")
+def checked_conversion(tmp_path_factory):
+    """A conversion with its short check on corrupted images, run once in a process of its own."""
+    out = tmp_path_factory.mktemp("stress") / "out"
+    words = ("convert", *DEMO, "--method", "channel", "--stress-samples", 32, "-o", out)
+    command = [sys.executable, "-m", "normswap_cli", *map(str, words), "--save-swapped", str(out.parent / "swapped")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout), done.stderr
+
+
+def test_every_conversion_makes_a_short_check(checked_conversion):
+    out, record, said = checked_conversion
+    stress = record["stress"]
+    assert [row["name"] for row in stress["rows"]] == [case.label for case in BRIEF]
+    assert stress["clean"]["n"] == 32
+    assert stress["clean"]["top1_original"] > 80
+    line = stress_line(StressRecord.from_json(stress))
+    assert f"stress     {line}" in said
+    assert "seconds" in record
+    assert record["seconds"]["stress"] > 0
+    assert "## Corrupted images" in (out / "README.md").read_text(encoding="utf-8")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert '<section id="stress">' in page
+    assert all(case.label in page for case in BRIEF)
+    assert normswap.load_swapped(out.parent / "swapped").report.stress == StressRecord.from_json(stress)
+
+
+def test_it_can_be_left_out(tmp_path, with_stress):
+    result = run("convert", *DEMO, "--method", "channel", "--no-stress", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert one_object(result)["stress"] is None
+    assert "stress" not in result.stderr
+    assert "Corrupted" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_limit_on_it_is_a_gate(tmp_path, with_stress):
+    words = ("convert", *DEMO, "--method", "channel", "--stress-samples", 16, "--max-stress-drop", -200)
+    result = run(*words, "-o", tmp_path / "out")
+    assert result.exit_code == 4
+    assert "more than --max-stress-drop -200: not saved" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    refused = run("convert", *DEMO, "--no-stress", "--max-stress-drop", 3, "-o", tmp_path / "out")
+    assert refused.exit_code == 2
+    assert "--max-stress-drop 3 needs" in refused.stderr

@@ -13,7 +13,7 @@ from torch import nn
 
 import normswap
 from normswap.demo import FOLDER, MODEL
-from normswap.pipeline.steps import Clock
+from normswap.pipeline.work import Clock
 from normswap.surgery.swap import batch_norms
 
 from ..models import family, images
@@ -155,7 +155,7 @@ def test_every_error_is_the_builtin_that_users_catch_and_has_its_exit_code():
 
 def test_the_clock_takes_down_each_step(monkeypatch):
     now = iter([10.0, 12.5, 20.0, 21.0])
-    monkeypatch.setattr("normswap.pipeline.steps.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("normswap.pipeline.work.time.perf_counter", lambda: next(now))
     clock = Clock(plan=1.0)
     with clock("calibrate"):
         pass

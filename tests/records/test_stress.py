@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normswap.records.report import plain
+from normswap.records.json_types import plain
 from normswap.records.stress import StressRecord, StressRow
 
 SIZES = st.one_of(st.floats(0, 1e9), st.just(math.inf))
