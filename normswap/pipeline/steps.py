@@ -46,7 +46,7 @@ def prepared(request: Request) -> Work:
     stage = request.finetune
     weight = next(model.parameters())
     items: list[Any] = list(checked_batches(request.images))
-    held_out = list(stage.held_out) if stage is not None and stage.held_out is not None else None
+    held_out = list(checked_batches(stage.held_out)) if stage is not None and stage.held_out is not None else None
     parted = stage is not None and stage.images is None and held_out is None
     if stage is not None and parted:
         items, held_out = hold_out(items, stage.options.seed)
@@ -172,7 +172,7 @@ def finetuned(work: Work) -> None:
     work.trained = copy.deepcopy(work.attempt.calibrated)
     training, held_out = work.training, work.held_out
     if stage.control:
-        training = list(training)  # it is gone through twice
+        training = list(checked_batches(training))  # it is gone through twice
         control = copy.deepcopy(work.original)
         with work.clock("control"):
             finetune(control, training, work.original, stage.options, held_out=held_out, progress=progress)

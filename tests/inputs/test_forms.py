@@ -177,5 +177,5 @@ def test_the_other_entry_points_take_them(form, tmp_path, monkeypatch):
 
 def test_labels_beyond_the_models_classes_are_refused():
     model = family("vit")
-    with pytest.raises(normswap.ArgumentError, match="label 7, and original has classes 0 to 6"):
+    with pytest.raises(normswap.ArgumentError, match="label 7, and the model's classes are 0 to 6"):
         normswap.evaluate_models({"original": model}, [(images(model, 2), [7, 0])])
