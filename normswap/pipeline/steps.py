@@ -204,7 +204,10 @@ def measured(work: Work) -> None:
     stages = {"original": work.original, **work.controls, "swapped": work.attempt.swapped}
     stages["calibrated"] = work.attempt.calibrated
     stages |= {"finetuned": work.trained} if work.finetuning is not None else {}
-    stages["fused"] = work.result = as_given(work.fused, request.model)
+    work.result = as_given(work.fused, request.model)
+    # Parts in different precisions run under the caller's own casts only, so such a model is measured in float32.
+    dtypes = {parameter.dtype for parameter in work.result.parameters() if parameter.is_floating_point()}
+    stages["fused"] = work.result if len(dtypes) == 1 else work.fused
     worst = WorstImages(evaluation.worst_images)
     known = work.outputs if work.budget else None
     with work.clock("evaluate"):

@@ -105,7 +105,7 @@ def test_convert_numbers_are_plausible(converted):
 
 def test_convert_seconds_are_of_this_run(converted):
     seconds = one_object(converted[1])["seconds"]
-    assert set(seconds) == {"plan", "forward_pass", "calibrate", "finetune", "fold", "evaluate"}
+    assert set(seconds) == {"plan", "forward_pass", "calibrate", "finetune", "fold", "evaluate", "stress"}
     assert seconds["finetune"] == 0, "nothing was fine-tuned"
     assert seconds["calibrate"] > seconds["forward_pass"] > 0, "calibration goes through both models"
 
