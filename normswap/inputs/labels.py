@@ -1,5 +1,6 @@
 """Class names on both sides, brought into one order; labels that no class of the model has."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from ..atomic import decoded
 from ..errors import ArgumentError, DataError
 from ..model_utils import pretrained_cfg
 
@@ -42,7 +44,8 @@ def label_names(model: Any) -> list[list[str]]:
 
 
 def _key(name: str) -> str:
-    return name.casefold().replace("_", " ").strip()
+    """Return what two spellings of a name share: a file system may give letters decomposed, or as bytes."""
+    return unicodedata.normalize("NFC", decoded(name)).casefold().replace("_", " ").strip()
 
 
 def _distinct(names: Sequence[str]) -> bool:

@@ -86,7 +86,7 @@ def test_more_images_than_memory_are_refused_unread(start, monkeypatch):
     monkeypatch.setattr(sys.modules["normswap.finetuning.finetune"], "default_budget", lambda: 2**20)
     split = normswap.load_images(original, FOLDER, "train")
     split.transform = None  # reading one would fail
-    with pytest.raises(ArgumentError, match=r"320 images of \[3, 32, 32\] want 0\.0 GiB of memory, 0\.0 are free"):
+    with pytest.raises(ArgumentError, match=r"320 images of \[3, 32, 32\] need 0\.0 GiB of memory, 0\.0 are free"):
         normswap.finetune(copied(swapped), split, original, LEARN)
 
 
