@@ -65,6 +65,8 @@ def test_a_conversion_where_only_ascii_is_known(data, tmp_path, with_labels):
     assert not any("\ufffd" in text or re.search("[\ud800-\udfff]", text) for text in texts.values())
     assert json.loads(texts["config.json"])["label_names"] == NAMES
     normswap.load(out)
+    if not with_labels:
+        return  # what follows never sees a label
     for command in (("report", out), ("push", out, "user/digits", "--dry-run"), ("fuse", "-m", tmp_path / "swapped")):
         more = ("-o", tmp_path / "fused") if command[0] == "fuse" else ()
         again = run(ASCII, *command, *more)

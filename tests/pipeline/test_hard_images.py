@@ -30,6 +30,8 @@ from ..models import family, images
 
 __all__ = ["digits", "out"]  # fixtures
 
+QUICK = ("--refine-steps", 2)  # where how near the result comes is not the question
+
 
 def _error(converted: nn.Module, original: nn.Module, x: torch.Tensor) -> float:
     with torch.no_grad():
@@ -178,15 +180,16 @@ def test_another_image_size():
 
 
 def test_another_image_size_on_the_command_line(tmp_path, out):
-    result = run("convert", *DEMO, "--img-size", 48, "-o", tmp_path / "out", "--json")  # timm resamples the positions
+    # timm resamples the positions
+    result = run("convert", *DEMO, "--img-size", 48, *QUICK, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
     assert normswap.load(tmp_path / "out").patch_embed.img_size == (48, 48)
 
 
 def test_one_image_at_a_time(tmp_path):
     """The batch of the loader is not that of the calibration."""
-    one = run("convert", *DEMO, "-b", 1, "-o", tmp_path / "one", "-q")
-    many = run("convert", *DEMO, "-o", tmp_path / "many", "-q")
+    one = run("convert", *DEMO, *QUICK, "-q", "-b", 1, "-o", tmp_path / "one")
+    many = run("convert", *DEMO, *QUICK, "-q", "-o", tmp_path / "many")
     assert (one.exit_code, many.exit_code) == (0, 0)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -219,7 +222,7 @@ def test_a_memory_budget_that_is_too_small(out):
 
 
 def test_a_memory_budget_changes_nothing(tmp_path):
-    arguments = ("convert", *DEMO, "--calib-samples", 160, "-q")
+    arguments = ("convert", *DEMO, "--calib-samples", 160, *QUICK, "-q")
     for name, budget in (("small", ["--memory-budget", "3M"]), ("large", [])):
         result = run(*arguments, "-o", tmp_path / name, *budget)
         assert result.exit_code == 0, result.stderr
