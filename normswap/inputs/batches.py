@@ -2,9 +2,10 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 
 from ..errors import ArgumentError
@@ -39,6 +40,18 @@ def checked(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor 
             raise ArgumentError(f"images must all have one size; there are {list(size)} and {list(batch.shape[1:])}")
         if len(batch):
             yield batch, labels
+
+
+def held_batches(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield what `checked` does of images that lie in memory; nothing of what is read, or can be gone through once.
+
+    >>> [len(batch) for batch, _ in held_batches((torch.zeros(4, 3, 8, 8), torch.zeros(4)))]
+    [4]
+    >>> list(held_batches(iter([torch.zeros(4, 3, 8, 8)])))
+    []
+    """
+    if isinstance(images, list | tuple | Mapping | torch.Tensor | np.ndarray):
+        yield from checked(images)
 
 
 def rebatched(images: Iterable[Any], size: int) -> Iterator[torch.Tensor]:

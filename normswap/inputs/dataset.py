@@ -2,7 +2,7 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,18 +148,6 @@ class ImageSet:
         if self.label_order is None or not names:
             return names
         return [name for _, name in sorted(zip(self.label_order, names, strict=True))]
-
-
-def held_batches(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, Any]]:
-    """Yield images `[B, C, H, W]` and labels (or None) of batches that lie in a list; nothing of anything else."""
-    if isinstance(images, ImageSet) or not isinstance(images, list | tuple):
-        return
-    for item in images:
-        batch, labels = (
-            (item[0], item[1] if len(item) > 1 else None) if isinstance(item, list | tuple) else (item, None)
-        )
-        if isinstance(batch, torch.Tensor):
-            yield batch, labels
 
 
 def describe(images: Any, count: int) -> str:

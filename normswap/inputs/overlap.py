@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Subset
 
 from ..records.report import ConversionReport
-from .dataset import ImageSet, held_batches
+from .batches import held_batches
+from .dataset import ImageSet
 from .stream import Stream
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError, ModelRefusedError, first_line
-from ..inputs.batches import checked
-from ..inputs.dataset import ImageSet, held_batches
+from ..inputs.batches import checked, held_batches
+from ..inputs.dataset import ImageSet
 from ..inputs.labels import check_labels
 from ..inputs.ranges import check_range
 from ..model_utils import eval_mode, has_classes, single_output

@@ -144,6 +144,24 @@ def test_images_in_both_sets_are_counted(tmp_path, model):
     assert shared_images([x], [iter([x])], 6) == 0  # what can be gone through once is left alone
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: [x],
+        list,
+        lambda x: x.numpy(),
+        lambda x: {"pixel_values": x},
+        lambda x: [{"pixel_values": x.numpy(), "labels": [0] * len(x)}],
+        lambda x: [(image, 0) for image in x],
+    ],
+)
+def test_images_in_both_are_found_in_every_form(form):
+    x = torch.randn(6, 3, 32, 32)
+    assert shared_images(form(x[:4]), [form(x[2:])], 4) == 2
+
+
 @pytest.mark.parametrize("shared", [0, 8, 20])
 def test_the_report_says_how_many_are_in_both(model, shared):
     images = torch.cat([x for x, _ in load_images(model, FOLDER, "train", samples=60, seed=0)])
