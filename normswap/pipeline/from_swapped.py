@@ -137,7 +137,7 @@ def fuse(
         report.worst, thumbnails = pictured(worst, images, fused)
         report.stress = None
         if original is not None and evaluation.stress:
-            some = shuffled(images, images, evaluation.stress, batches[0])
+            some = shuffled(images, images, report.stages[-1].n, evaluation.stress, batches[0])
             report.stress = stress_check(original, fused, some, evaluation, progress)
         report.evaluation_data, report.overlap = describe(images, report.stages[-1].n), None
     problem = fold.problem(evaluation.atol)

@@ -218,8 +218,11 @@ def measured(work: Work) -> None:
         report.evaluation_data = describe(work.source, report.stages[0].n)
     if evaluation.stress and world()[0] == 0:
         with work.clock("stress"):
-            source = work.batches if isinstance(work.source, Iterator) else work.source  # an iterator is used up
-            images = shuffled(work.named, source, evaluation.stress, work.batches[0])
+            # An iterator is used up.
+            source, total = work.source, report.stages[0].n
+            if isinstance(work.source, Iterator):
+                source, total = work.batches, work.batches.image_count
+            images = shuffled(work.named, source, total, evaluation.stress, work.batches[0])
             report.stress = stress_check(work.original, work.fused, images, evaluation, request.progress)
     note_overlap(report, work.named, [request.images, work.training])
     report.worst, work.thumbnails = pictured(worst, work.named, request.model)
