@@ -15,6 +15,7 @@ from .forms import items_of, joined, pair_of
 BATCH_SIZE = 32
 # Calibration holds one batch in five out to choose by, so few images make small batches.
 HELD_OUT = 5
+FEW = 100
 
 
 def checked(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -114,8 +115,9 @@ class ImageBatches(Sequence[torch.Tensor]):
         if not found:
             raise ArgumentError("no images to calibrate on")
         size = max(1, min(BATCH_SIZE, len(found) // HELD_OUT))
-        # A size that divides their number saves an export.
-        size = min(range(size, size - size // 4 - 1, -1), key=lambda n: len(found) % n > 0)
+        # A size that divides their number saves an export for the last batch, which takes longer than few images do.
+        least = size - size // (2 if len(found) < FEW else 4)
+        size = min(range(size, least - 1, -1), key=lambda n: len(found) % n > 0)
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).split(size)
         # [C, H, W] each -> [B, C, H, W]
         self._batches = [torch.stack([found[index] for index in indices.tolist()]) for indices in order]

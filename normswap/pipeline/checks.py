@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from ..evaluation.worst_images import WorstImages
 from ..inputs.dataset import ImageSet
 from ..model_utils import has_classes, pretrained_cfg
 from ..outputs.rebuild import as_recorded
+from ..planning.foldability import Verdict
 from ..records.worst_images import WorstImage
 from ..surgery.fold import Difference, difference, fold_norms
 
@@ -65,17 +66,23 @@ class FoldCheck:
     classes: bool
 
     @classmethod
-    def of(cls, unfused: nn.Module, fused: nn.Module, batches: Sequence[torch.Tensor], size: tuple[int, ...]) -> Self:
+    def of(
+        cls,
+        unfused: nn.Module,
+        fused: nn.Module,
+        batches: Sequence[torch.Tensor],
+        verdicts: Mapping[str, Verdict],
+    ) -> Self:
         """Compare a model before and after the fold.
 
         Args:
             unfused, fused: in eval mode.
             batches: images `[B, C, H, W]`.
-            size: (channels, height, width) that the fold was planned for.
+            verdicts: by which it was folded, from `judge_fold`.
         """
         dtype = next(unfused.parameters()).dtype
         found = difference(unfused, fused, batches)
-        return cls(found, _in_float64(unfused, batches[0][:_PROVEN_ON], size), dtype, has_classes(unfused))
+        return cls(found, _in_float64(unfused, batches[0][:_PROVEN_ON], verdicts), dtype, has_classes(unfused))
 
     @property
     def agreement(self) -> float | None:
@@ -140,10 +147,10 @@ class FoldCheck:
         return f"{text} but this conversion amplifies rounding errors"
 
 
-def _in_float64(unfused: nn.Module, images: torch.Tensor, size: tuple[int, ...]) -> float | None:
+def _in_float64(unfused: nn.Module, images: torch.Tensor, verdicts: Mapping[str, Verdict]) -> float | None:
     """Fold a copy in float64 and return the largest difference relative to the outputs; None if it does not run."""
     try:
         double = copy.deepcopy(unfused).double()
-        return difference(double, fold_norms(double, input_size=size), [images.double()]).relative  # type: ignore
+        return difference(double, fold_norms(double, verdicts=verdicts), [images.double()]).relative
     except (RuntimeError, TypeError, NotImplementedError):  # tensors of its own that stay float32; a device without
         return None

@@ -22,7 +22,7 @@ from ..progress import Progress, no_progress
 from ..records.provenance import versions
 from ..records.report import ConversionReport, StageMetrics
 from ..search.budget import AccuracyBudget
-from ..surgery.fold import created_biases, fold_norms
+from ..surgery.fold import created_biases, fold_norms, judge_fold
 from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .options import EvaluationOptions
@@ -121,9 +121,10 @@ def fuse(
     model, report, size = swapped.model, swapped.report, swapped.plan.input_size
     images = None if images is None else _held(images)
     batches = _fold_images(images, size, next(model.parameters()))
-    fused = fold_norms(model, input_size=size)
+    verdicts = judge_fold(model, size)
+    fused = fold_norms(model, verdicts=verdicts)
     thumbnails: list[str] = []
-    fold = FoldCheck.of(model, fused, batches, size)
+    fold = FoldCheck.of(model, fused, batches, verdicts)
     for name, value in fold.record.items():
         setattr(report, name, value)
     report.created_biases, report.versions = created_biases(swapped.original, fused), versions()

@@ -27,7 +27,7 @@ from ..outputs.rebuild import describe_edits, rebuilt
 from ..planning.plan import make_plan
 from ..records.report import ConversionReport
 from ..search.trials import Attempt, Trials
-from ..surgery.fold import created_biases, fold_norms
+from ..surgery.fold import created_biases, fold_norms, judge_fold
 from .checks import FoldCheck, pictured
 from .conversion import Conversion
 from .first_look import FirstLook, look_at
@@ -193,8 +193,9 @@ def finetuned(work: Work) -> None:
 def folded(work: Work) -> None:
     """Fold every BatchNorm, and compare the outputs before and after on the calibration images."""
     with work.clock("fold"):
-        work.fused = fold_norms(work.trained, input_size=work.plan.input_size)
-        work.fold = FoldCheck.of(work.trained, work.fused, work.batches, work.plan.input_size)
+        verdicts = judge_fold(work.trained, work.plan.input_size)
+        work.fused = fold_norms(work.trained, verdicts=verdicts)
+        work.fold = FoldCheck.of(work.trained, work.fused, work.batches, verdicts)
 
 
 def measured(work: Work) -> None:

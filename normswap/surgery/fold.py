@@ -16,7 +16,7 @@ channels); nothing here has to know of it.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,12 @@ def fold_output(
 
 @known_context()
 @torch.no_grad()
-def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, int, int] | None = None) -> nn.Module:
+def fold_norms(
+    model: nn.Module,
+    inplace: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+    verdicts: Mapping[str, Verdict] | None = None,
+) -> nn.Module:
     """Return the model with every BatchNorm folded away; a second call changes nothing.
 
     A BatchNorm that no neighbour can take becomes a `TokenAffine`. A layer without bias gets one where the fold
@@ -84,6 +89,7 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
         model: from `swap_norms`, calibrated or fine-tuned, in eval mode.
         inplace: change ``model`` itself instead of a deep copy. Nothing is changed if the fold fails.
         input_size: (channels, height, width); default: the model's own.
+        verdicts: from `judge_fold`, where copies of one model are folded; default: judged here.
 
     Raises:
         ArgumentError: the model is in training mode, where a BatchNorm is no affine map.
@@ -104,7 +110,7 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
         model = copy.deepcopy(model)
     norms = batch_norms(model)
     if norms:
-        verdicts = _judged(model, norms, input_size)
+        verdicts = judge_fold(model, input_size) if verdicts is None else verdicts
         ledger = _Ledger(model, norms)
         for path, verdict in verdicts.items():  # in the order they run: a norm may take on what comes before it
             ledger.post(path, verdict)
@@ -113,17 +119,25 @@ def fold_norms(model: nn.Module, inplace: bool = False, input_size: tuple[int, i
     return model
 
 
-def _judged(
-    model: nn.Module, norms: dict[str, TokenBatchNorm], input_size: tuple[int, int, int] | None
-) -> dict[str, Verdict]:
-    """Return what becomes of each norm, in the order in which they run."""
+@known_context()
+def judge_fold(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> dict[str, Verdict]:
+    """Return what `fold_norms` makes of each BatchNorm, by path, in the order in which they run.
+
+    Args:
+        model: from `swap_norms`.
+        input_size: (channels, height, width); default: the model's own.
+
+    >>> swapped = normswap.swap_norms(timm.create_model("test_vit"))
+    >>> judge_fold(swapped)["norm"].verdict
+    'fold-forward'
+    """
     shadow = meta_copy(model).eval()
     example = example_batch(shadow, resolve_input_size(model, input_size))
-    return judge_norms(ModelGraph(shadow, example, tied_names(model)), list(norms))
+    return judge_norms(ModelGraph(shadow, example, tied_names(model)), list(batch_norms(model)))
 
 
 def _clear_away(
-    model: nn.Module, norms: dict[str, TokenBatchNorm], verdicts: dict[str, Verdict], ledger: "_Ledger"
+    model: nn.Module, norms: dict[str, TokenBatchNorm], verdicts: Mapping[str, Verdict], ledger: "_Ledger"
 ) -> None:
     """Put what is left of each norm in its place, and plain layers in the place of those that ended in a norm."""
     for path, norm in norms.items():
