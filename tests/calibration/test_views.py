@@ -56,7 +56,7 @@ def test_calibration_with_views_holds_better_on_noise():
     noisy = [(normalisation.images(noise(normalisation.pixels(x), 0.16)), y) for x, y in validation]
     agreement = {}
     for views in (0.0, 0.5):
-        options = normswap.CalibrationOptions(views=views)
+        options = normswap.CalibrationOptions(views=views, refine_steps=2)
         result = normswap.convert(model, images, eval_images=noisy, calibration=options)
         agreement[views] = result.report.stages[-1].agreement
         assert result.report.views == views

@@ -67,8 +67,8 @@ def test_tables_are_brief_and_in_full_with_v(tmp_path):
     def rows(text, name):
         return re.findall(rf"^{name} +[\d-]", text, re.M)
 
-    brief = run("convert", *DEMO, "-o", tmp_path / "brief")
-    full = run("convert", *DEMO, "-o", tmp_path / "full", "-v")
+    brief = run("convert", *DEMO, "-o", tmp_path / "brief", "--refine-steps", 2)
+    full = run("convert", *DEMO, "-o", tmp_path / "full", "--refine-steps", 2, "-v")
     assert (brief.exit_code, full.exit_code) == (0, 0)
     assert len(rows(brief.stdout, r"blocks\.\d\.mlp\.fc2")) == 4
     assert not rows(brief.stdout, r"blocks\.\d\.attn\.proj")

@@ -177,7 +177,20 @@ def test_example_convert_with_the_api():
 
 
 DEPLOY = (sys.executable, str(ROOT / "examples" / "deploy" / "deploy.py"), "-m", MODEL, "--data-dir", str(FOLDER))
-FEW = ("--method", "channel", "--calib-samples", "64", "--eval-samples", "90", "-j", "0", "--device", "cpu", "-q")
+FEW = (
+    "--method",
+    "channel",
+    "--calib-samples",
+    "64",
+    "--eval-samples",
+    "90",
+    "-j",
+    "0",
+    "--device",
+    "cpu",
+    "-q",
+    "--no-stress",
+)
 
 
 def test_example_deploy_ships_what_holds(tmp_path):

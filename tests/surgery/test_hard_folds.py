@@ -130,7 +130,7 @@ def test_the_plan_is_for_the_size_of_the_images():
     ("name", "arguments"),
     [
         ("swin_tiny_patch4_window7_224", {"img_size": 56, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)}),
-        ("vitamin_small_224", {"img_size": 64}),
+        pytest.param("vitamin_small_224", {"img_size": 64}, marks=pytest.mark.slow),
     ],
 )
 def test_architectures_that_stock_timm_cannot_build_still_save(tmp_path, name, arguments):
