@@ -17,6 +17,9 @@ from normswap.surgery.fold import Difference
 
 from ..models import FAMILY, family, images
 
+# How near the result comes to the original is tested elsewhere.
+QUICK = normswap.CalibrationOptions(method="channel")
+
 _ALL = [name for name in FAMILY if FAMILY[name][0] != "test_vit"]
 # timm cannot be told of these in JSON, or has nowhere to put what is left.
 _NOT_STOCK = {"headless": "scale and shift", "max_pool_final_norm": "scale and shift"}
@@ -27,7 +30,7 @@ _NOT_SAVED = ("swiglu", "glu")
 @pytest.mark.parametrize("name", [n for n in _ALL if n not in _NOT_SAVED])
 def test_round_trip(tmp_path, name):
     model = family(name)
-    result = convert(model, [images(model, 6)])
+    result = convert(model, [images(model, 6)], calibration=QUICK)
     result.save(tmp_path / "out")
     x = images(model, 3, seed=9)
     with torch.no_grad():
@@ -44,7 +47,7 @@ def test_round_trip(tmp_path, name):
 
 def test_files(tmp_path):
     model = family("no_qkv_bias")
-    result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))])
+    result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))], calibration=QUICK)
     out = tmp_path / "deep" / "out"
     result.save(out, normswap.SaveOptions(command=["normswap", "convert"]))
     files = ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
@@ -72,7 +75,7 @@ def test_files(tmp_path):
 def test_partial_conversion_loads_with_normswap(tmp_path):
     model = family("vit")
     model.blocks[0].norm1.eps = 0.25
-    result = convert(model, [images(model, 6)], plan=normswap.make_plan(model, keep=["blocks.0.*"]))
+    result = convert(model, [images(model, 6)], plan=normswap.make_plan(model, keep=["blocks.0.*"]), calibration=QUICK)
     result.save(tmp_path / "out")
     assert "still a LayerNorm" in result.report.stock_timm
     assert "normswap.load" in (tmp_path / "out" / "README.md").read_text()
@@ -85,7 +88,7 @@ def test_partial_conversion_loads_with_normswap(tmp_path):
 
 def test_other_architectures_round_trip(tmp_path):
     model = timm.create_model("convnext_atto", num_classes=5).eval()
-    result = convert(model, [torch.randn(4, 3, 64, 64)])
+    result = convert(model, [torch.randn(4, 3, 64, 64)], calibration=QUICK)
     result.save(tmp_path / "out")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -94,7 +97,7 @@ def test_other_architectures_round_trip(tmp_path):
 
 def test_arguments_that_json_cannot_hold_are_named(tmp_path):
     model = family("swiglu")
-    result = convert(model, [images(model, 6)])
+    result = convert(model, [images(model, 6)], calibration=QUICK)
     assert "config.json cannot hold the model's argument mlp_layer=" in result.report.stock_timm
     result.save(tmp_path / "out")
     x = images(model, 3, seed=9)
@@ -106,7 +109,7 @@ def test_a_norm_layer_class_does_not_hinder(tmp_path):
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=1, norm_layer=nn.LayerNorm
     ).eval()
-    result = convert(model, [images(model, 4)])
+    result = convert(model, [images(model, 4)], calibration=QUICK)
     result.save(tmp_path / "out")
     assert result.report.stock_timm is None
 
@@ -119,7 +122,7 @@ def test_what_is_no_output_folder(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "missing key", "format", "config"])
 def test_a_damaged_folder_is_refused(tmp_path, damage):
     model = family("vit")
-    convert(model, [images(model, 4)]).save(tmp_path / "out")
+    convert(model, [images(model, 4)], calibration=QUICK).save(tmp_path / "out")
     weights, record, config = (tmp_path / "out" / n for n in ("model.safetensors", "normswap.json", "config.json"))
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -135,7 +138,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
 
 def test_a_folder_that_answers_differently_never_appears(tmp_path):
     model = family("vit")
-    result = convert(model, [images(model, 4)])
+    result = convert(model, [images(model, 4)], calibration=QUICK)
     result.save(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
