@@ -145,7 +145,7 @@ def calibration(options: dict[str, Any]) -> Any:
     """Return the `normswap.CalibrationOptions` that were asked for."""
     from normswap.calibration.options import CalibrationOptions
 
-    names = ("method", "reconstruct", "refine_steps", "memory_budget", "views")
+    names = ("method", "reconstruct", "refine_steps", "memory_budget", "views", "bound")
     return CalibrationOptions(**{name: options[name] for name in names})
 
 

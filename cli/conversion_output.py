@@ -94,12 +94,14 @@ def _tables(report: Any, verbose: int) -> list[Any]:
 
 def say_what_next(console: Console, options: dict[str, Any], report: Any) -> None:
     """Say what was written, how to load it, and how to measure it again."""
+    from normswap.outputs.bounds_file import BOUNDS
     from normswap.outputs.save import PAGE
     from normswap.reporting.html_report import can_render
 
     out: Path = options["output"]
     page = (out / PAGE).is_file()
-    files = "model.safetensors, config.json, normswap.json, README.md"
+    bounds = f" {BOUNDS}," if report.bounded else ""
+    files = f"model.safetensors,{bounds} config.json, normswap.json, README.md"
     console.say("wrote", f"{out}/{files}{f', {PAGE}' if page else ''}")
     if not page and options["report"] is not False:
         command = next_command.line("report", {}, out)
@@ -107,8 +109,12 @@ def say_what_next(console: Console, options: dict[str, Any], report: Any) -> Non
         why = f"it could not be made; for the reason run {command}" if can_render() else missing
         console.say("report", f"no {PAGE}: {why}")
     if report.stock_timm is None:
-        loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity)'
-        console.say("load with", f"{loads}   (normswap not needed; checked, difference {report.read_back_err:.3g})")
+        norm, where = "torch.nn.Identity", ""
+        if report.bounded:
+            norm, where = f'partial(TokenBound, file="{out}/{BOUNDS}")', f", the class is in {out}/README.md"
+        loads = f'timm.create_model("local-dir:{out}", pretrained=True, norm_layer={norm})'
+        checked = f"checked, difference {report.read_back_err:.3g}"
+        console.say("load with", f"{loads}   (normswap not needed{where}; {checked})")
     else:
         console.say("load with", f'normswap.load("{out}")   (not with plain timm: {report.stock_timm})')
     if options["save_swapped"] is not None:

@@ -9,7 +9,7 @@ import click
 import cloup
 from cloup import option
 
-from normswap.calibration.options import METHODS, RECONSTRUCT, CalibrationOptions
+from normswap.calibration.options import AUTO, BOUNDS, METHODS, RECONSTRUCT, CalibrationOptions
 from normswap.exporting.options import FORMATS
 from normswap.pipeline.options import EvaluationOptions
 from normswap.planning.options import FFN_BN
@@ -60,6 +60,15 @@ def _calibration_group() -> o.Decorator:
             default=_CALIBRATION.views,
             metavar="X",
             help="share of the calibration images to corrupt at random, so that the model holds on unusual images",
+        ),
+        option(
+            "--bound",
+            type=click.Choice([AUTO, *BOUNDS]),
+            default=_CALIBRATION.bound,
+            show_default=True,
+            help="clamp each channel where a LayerNorm was to its range in calibration, so that the model holds on "
+            "unusual images: to nearly all of the range (wide), to 99 % (tight), per site as images held out allow "
+            "(auto), or not (none)",
         ),
         option(
             "--memory-budget",

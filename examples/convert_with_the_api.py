@@ -7,6 +7,7 @@ It takes the model and images inside the package unless you name your own, as
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -28,8 +29,9 @@ def main(name: str, data_dir: str, out: str) -> None:
     print(f"the fold moved no output by more than {result.report.fold_max_abs_err:.1e}")
     result.save(out)
 
-    # From here on normswap is not needed any more.
-    fused = timm.create_model(f"local-dir:{out}", pretrained=True, norm_layer=torch.nn.Identity).eval()
+    # From here on normswap is not needed any more: OUT/README.md has the few lines of TokenBound.
+    norm_layer = partial(normswap.TokenBound, file=f"{out}/bounds.safetensors")
+    fused = timm.create_model(f"local-dir:{out}", pretrained=True, norm_layer=norm_layer).eval()
     batch, _ = next(iter(validation))
     with torch.no_grad():
         difference = (fused(batch) - result.model(batch)).abs().max()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .finetuning.options import FinetuneOptions
     from .inputs.checkpoint import load_model
     from .inputs.dataset import load_images
+    from .layers import TokenBound
     from .outputs.options import SaveOptions
     from .outputs.save import load, load_into
     from .outputs.swapped_checkpoint import Swapped, load_swapped, save_swapped
@@ -66,6 +67,7 @@ _HOMES = {
     "finetuning.options": "FinetuneOptions",
     "inputs.checkpoint": "load_model",
     "inputs.dataset": "load_images",
+    "layers": "TokenBound",
     "outputs.options": "SaveOptions",
     "outputs.save": "load load_into",
     "outputs.swapped_checkpoint": "Swapped load_swapped save_swapped",
@@ -109,6 +111,7 @@ __all__ = [
     "SaveOptions",
     "StressRecord",
     "Swapped",
+    "TokenBound",
     "benchmark_models",
     "calibrate",
     "convert",

@@ -18,6 +18,19 @@ def all_sum(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows `[M, C]` of all processes, one after the other, on each of them."""
+    rank, size = world()
+    if size == 1:
+        return rows
+    counts = gathered(len(rows))
+    result = rows.new_zeros(sum(counts), rows.shape[1])
+    start = sum(counts[:rank])
+    result[start : start + len(rows)] = rows
+    all_sum(result)
+    return result
+
+
 def from_first(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor that the first process has."""
     if world()[1] > 1:

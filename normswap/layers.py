@@ -8,6 +8,7 @@ does not.
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 
@@ -30,6 +31,14 @@ class TokenBatchNorm(nn.BatchNorm1d):
     bias: nn.Parameter
     running_mean: torch.Tensor
     running_var: torch.Tensor
+    # `[C]`, what `set_bound` sets; None without a bound.
+    lower: torch.Tensor | None
+    upper: torch.Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("lower", None)
+        self.register_buffer("upper", None)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
         """Return a value that the norm reads as one row per token, `[M, C]`."""
@@ -64,11 +73,28 @@ class TokenBatchNorm(nn.BatchNorm1d):
         """Make the eval-mode map the exact identity, whatever the statistics."""
         self.set_affine(torch.ones_like(self.weight), torch.zeros_like(self.weight))
 
+    def set_bound(self, lower: torch.Tensor, upper: torch.Tensor) -> None:
+        """Keep each channel of the input between ``lower`` and ``upper`` `[C]` from now on."""
+        self.lower, self.upper = (v.detach().to(self.running_mean, copy=True) for v in (lower, upper))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for end in ("lower", "upper"):
+            if getattr(self, end) is None and prefix + end in state_dict:
+                setattr(self, end, torch.zeros_like(self.running_mean))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def bounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the input as the norm takes it, within its bound if it has one."""
+        if self.lower is None or self.upper is None:
+            return x
+        return x.clamp(*(_along(v, x, self.channel_dim) for v in (self.lower, self.upper)))
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.shape[self.channel_dim] != self.num_features:
             raise ValueError(
                 f"expected {self.num_features} channels in dimension {self.channel_dim}, got {list(input.shape)}"
             )
+        input = self.bounded(input)
         if self.training:
             x = input.movedim(self.channel_dim, -1)  # [B, C, H, W] -> [B, H, W, C]; tokens stay
             y = super().forward(x.reshape(-1, self.num_features))  # [..., C] -> [B*N, C]
@@ -87,7 +113,44 @@ class TokenBatchNorm2d(TokenBatchNorm):
     channel_dim = 1
 
 
-class TokenAffine(nn.Module):
+class TokenBound(nn.Module):
+    """Clamps each channel of tokens `[..., C]` or maps `[B, C, H, W]` to the range that a file has for it.
+
+    Takes a norm's place in a converted model. As the ``norm_layer`` of timm it reads its range while timm loads the
+    weights; where the file has none for it, it changes nothing:
+
+        partial(TokenBound, file="OUT/bounds.safetensors")
+
+    Args:
+        args, arguments: a norm's, which are not needed.
+        file: safetensors with ``PATH.lower`` and ``PATH.upper`` for the modules' paths; None: the range is set by hand.
+
+    >>> bound = TokenBound()
+    >>> bound.lower, bound.upper = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])
+    >>> bound(torch.tensor([[3.0, -3.0]]))
+    tensor([[ 1., -2.]])
+    """
+
+    def __init__(self, *args: Any, file: str | None = None, **arguments: Any) -> None:
+        super().__init__()
+        self.file = file
+        # In no state dict: without them the weights are those of a model with nn.Identity here.
+        self.register_buffer("lower", None, persistent=False)
+        self.register_buffer("upper", None, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.file is not None:
+            with safe_open(self.file, framework="pt") as bounds:
+                if f"{prefix}lower" in set(bounds.keys()):
+                    self.lower, self.upper = (bounds.get_tensor(f"{prefix}{end}") for end in ("lower", "upper"))
+            self.file = None  # read; it need not be there any more
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.lower is None else torch.clamp(x, self.lower, self.upper)
+
+
+class TokenAffine(TokenBound):
     """``y = weight * x + bias`` per channel: a BatchNorm with no neighbour to fold into, its statistics gone.
 
     Args:
@@ -113,7 +176,7 @@ class TokenAffine(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = (_along(v, x, self.channel_dim) for v in (self.weight, self.bias))
-        return torch.addcmul(bias, x, weight)  # one pass over the tokens, as one LayerNorm kernel is
+        return torch.addcmul(bias, super().forward(x), weight)  # one pass over the tokens, as one LayerNorm kernel is
 
 
 class NormedLinear(nn.Linear):

@@ -49,6 +49,7 @@ ROAD: dict[str, tuple[str, ...]] = {
         "solvable_layers",
         "attention_refinement",
         "reconstruction",
+        "bounds",
         "views",
         "calibrate",
     ),
@@ -73,7 +74,7 @@ ROAD: dict[str, tuple[str, ...]] = {
         "benchmark_charts",
         "html_report",
     ),
-    "outputs": ("options", "rebuild", "save", "swapped_checkpoint", "hub"),
+    "outputs": ("options", "rebuild", "bounds_file", "save", "swapped_checkpoint", "hub"),
     "exporting": ("options", "layernorm_search", "onnx_file", "fp16", "int8", "export"),
     "benchmarking": ("options", "timing", "results", "variants", "engines", "benchmark"),
     "pipeline": (

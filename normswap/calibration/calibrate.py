@@ -22,6 +22,7 @@ from ..progress import Progress, no_progress
 from ..records.report import Calibration
 from ..surgery.swap import batch_norms
 from .activation_store import default_budget
+from .bounds import NONE, Bounds
 from .lockstep import Lane, Lockstep, Observer, Stop
 from .moments import CACHED_ROWS, Moments
 from .options import CalibrationOptions
@@ -42,7 +43,7 @@ class _MapObserver(Observer):
         self.path, self.norm, self.moments, self.batches = path, norm, Moments(), batches
 
     def __call__(self, x: torch.Tensor, number: int) -> None:
-        rows = self.norm.tokens(x)
+        rows = self.norm.tokens(self.norm.bounded(x))
         if self.batches is not None:
             (rows,) = drawn(number, ROWS_KEPT, self.batches, rows)
         for part in rows.split(CACHED_ROWS):
@@ -138,6 +139,7 @@ class _Work:
         # What is refined is seen where the branch's writer ends.
         steps = options.refine_steps if options.solves_writers else 0
         self.reconstruction = Reconstruction(lockstep, options.method, original, norms, steps)
+        self.bounds = Bounds(lockstep, original, norms, options.bound)
         lane = lockstep.converted
         readers = find_readers(lane, sites) if reconstructs else []
         writers = find_writers(lane, sites) if options.solves_writers else []
@@ -163,9 +165,12 @@ class _Work:
                 observer = _MapObserver(path, self.norms[path], self.batches_seen)
                 self.lockstep.observers[path] = self.observers[path] = observer
             self.reconstruction.solve_writer(item)
+            for path in item.sites:  # the writer is solved as a linear layer, so what bounds it comes after
+                self.reconstruction.note_bound(path, self.bounds.set(path, item))
         else:
             behind = next((writer for writer in self.writers if item in writer.sites), None)
-            self.reconstruction.set_norm(item, behind)
+            bound = NONE if behind is not None else self.bounds.set(item)
+            self.reconstruction.set_norm(item, behind, bound)
 
 
 def _crossed(lane: Lane, writer: Writer, stops: list[int]) -> bool:

@@ -40,7 +40,7 @@ class Estimator(ABC):
 
         ``prefix`` `[M]` says which of them are class or register tokens, where they can be told from patches.
         """
-        target = self._layer_norm(x)
+        target = layer_norm(self.original, x)
         self.moments.update(x, target, y)
         if prefix is not None:
             self.prefix = self.prefix or JointMoments()
@@ -61,24 +61,26 @@ class Estimator(ABC):
         self.norm.set_statistics(self.moments.x.mean, self.moments.x.var)
         self.norm.set_affine(scale, shift)
         scale, shift = (v.to(scale) for v in self.norm.affine64())
-        left = [_squares(self.moments, target, scale, shift) for target in (0, 1)]
+        left = [squares(self.moments, target, scale, shift) for target in (0, 1)]
         r2, r2_original = (r_squared(*sums) for sums in left)
         patch, prefix = r2, None
         if self.prefix is not None:
             self.prefix.reduce()
         if self.prefix is not None and self.prefix.x.count:
-            part = _squares(self.prefix, 0, scale, shift, self.moments.y[0].mean)
+            part = squares(self.prefix, 0, scale, shift, self.moments.y[0].mean)
             prefix = r_squared(*part)
             patch = r_squared(*(max(whole - of_prefix, 0.0) for whole, of_prefix in zip(left[0], part, strict=True)))
         return SiteFit(site, self.moments.x.count, r2, r2_original, patch, prefix)
 
-    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
-        x = widened(x)
-        weight, bias = (None if p is None else p.detach().to(x) for p in (self.original.weight, self.original.bias))
-        return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, self.original.eps)
+
+def layer_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return what a LayerNorm gives on tokens `[M, C]`, float32 at least."""
+    x = widened(x)
+    weight, bias = (None if p is None else p.detach().to(x) for p in (norm.weight, norm.bias))
+    return nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, norm.eps)
 
 
-def _squares(
+def squares(
     moments: JointMoments, target: int, scale: torch.Tensor, shift: torch.Tensor, about: torch.Tensor | None = None
 ) -> tuple[float, float]:
     """Return sums of squares over tokens and channels: of what ``scale * x + shift`` leaves, and of the target.

@@ -59,25 +59,32 @@ class Reconstruction:
         self.penalties: dict[torch.Size, float] = {}
         self.batches = lockstep.count
         self.prefix_tokens = int(getattr(original, "num_prefix_tokens", 0) or 0)
-        fitted_to = sum(not _held_out(number) for number in range(self.batches))
+        fitted_to = sum(not held_out(number) for number in range(self.batches))
         self.refine_steps = max(STEPS, fitted_to) if refine_steps is None else refine_steps
         self.result = Calibration(refine_steps=self.refine_steps if method == "reconstruct" else None)
         self.routes: dict[tuple[int, Stop], Route | NoRoute] = {}
 
-    def set_norm(self, path: str, writer: Writer | None) -> None:
-        """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is."""
+    def set_norm(self, path: str, writer: Writer | None, bound: str) -> None:
+        """Fit one BatchNorm; behind a writer that is still to be solved, on what the writer gives as it is.
+
+        ``bound`` is the name of the bound that it has.
+        """
         norm, site = self.norms[path], Stop(path)
         estimator = ESTIMATORS[self.method](norm, self.original.get_submodule(path))  # type: ignore[arg-type]
         for batch in self.lockstep.visit(site, writer.stop if writer else site, [site]):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            tokens, targets = norm.tokens(x), norm.tokens(batch.collected[site])
-            prefix = _prefix_rows(x, norm, self.prefix_tokens)
+            tokens, targets = norm.tokens(norm.bounded(x)), norm.tokens(batch.collected[site])
+            prefix = prefix_rows(x, norm, self.prefix_tokens)
             if self.method == "reconstruct":  # the layers behind make up for what a part of the rows leaves open
                 tokens, targets, prefix = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets, prefix)
             for part in zip(*(rows.split(CACHED_ROWS) for rows in (tokens, targets, prefix)), strict=True):
                 estimator.update(*part)
-        self.result.sites.append(estimator.solve(path))
+        self.result.sites.append(replace(estimator.solve(path), bound=bound))
+
+    def note_bound(self, path: str, bound: str) -> None:
+        """Note the bound that a norm got after it was fitted."""
+        self.result.sites = [replace(f, bound=bound) if f.site == path else f for f in self.result.sites]
 
     def solve_readers(self, readers: Readers, writers: list[Writer]) -> None:
         """Fit the layers that read one value to what the original's give."""
@@ -236,7 +243,7 @@ class Reconstruction:
             return batch.values[source], branches[id(batch.original)], batch.pinned["wanted"]
 
         layers: list[Any] = [layer_at(self._lane, stop) for stop in readers.stops]
-        problem = Problem(layers, gram, load, len(self.lockstep.batches), _held_out)
+        problem = Problem(layers, gram, load, len(self.lockstep.batches), held_out)
         left = problem.refine(self.refine_steps)
         for batch in self.lockstep.visit():
             batch.pinned.clear()
@@ -244,7 +251,7 @@ class Reconstruction:
         self.result.layers = [replace(f, refined=left) if f.layer in paths else f for f in self.result.layers]
 
 
-def _held_out(number: int) -> bool:
+def held_out(number: int) -> bool:
     """Return whether the batch with that number, over all processes, chooses instead of being fitted to."""
     return number % HELD_OUT == HELD_OUT - 1
 
@@ -285,7 +292,7 @@ class _Grams:
         if not self.parts:
             fit = Gram.like(x, y)
             self.parts = [fit, fit.empty()]
-        self.parts[_held_out(number)].update(x, y)
+        self.parts[held_out(number)].update(x, y)
 
     def reduce(self) -> "_Grams":
         for part in self.parts:
@@ -341,7 +348,7 @@ class _StreamSums:
         return StreamError(layer, patch_before, patch, prefix_before, prefix)
 
 
-def _prefix_rows(x: torch.Tensor, norm: TokenBatchNorm, prefix_tokens: int) -> torch.Tensor:
+def prefix_rows(x: torch.Tensor, norm: TokenBatchNorm, prefix_tokens: int) -> torch.Tensor:
     """Return which rows `[M]` of ``norm.tokens(x)`` are prefix tokens; none, unless x is tokens `[B, N, C]`."""
     rows = torch.zeros(x.numel() // norm.num_features, dtype=torch.bool, device=x.device)
     if x.ndim == 3 and norm.channel_dim in (-1, 2) and x.shape[1] > prefix_tokens:

@@ -40,6 +40,6 @@ def estimate_statistics(model: nn.Module, batches: Sequence[torch.Tensor]) -> No
 
 def _watch(norm: TokenBatchNorm, moments: Moments) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        moments.update(norm.tokens(inputs[0]))
+        moments.update(norm.tokens(norm.bounded(inputs[0])))
 
     return hook

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import ArgumentError, CheckpointError, HubError, one_line
 from ..records.report import LOAD_WITH
+from .bounds_file import BOUNDS
 from .save import CARD, CONFIG, RECORD, WEIGHTS, read_record
 
 _TOKEN = "set HF_TOKEN to a token that may write there, or run: hf auth login"
@@ -94,7 +95,8 @@ def prepare(
         raise ArgumentError(f"{repo_id!r} is no repository of the Hub: write USER/{repo_id}")
     record = read_record(folder)
     into = record.get("report", {}).get("load_with") == LOAD_WITH[2]
-    for name in (WEIGHTS, CARD) if into else (WEIGHTS, CONFIG, CARD):
+    bounds = [BOUNDS] if record.get("edits", {}).get("bound") else []
+    for name in (WEIGHTS, *bounds, CARD) if into else (WEIGHTS, *bounds, CONFIG, CARD):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing; convert again")
     try:
@@ -164,6 +166,12 @@ def _from_hub(text: str, repo_id: str, revision: str | None) -> str:
     at = "" if revision is None else f"@{revision}"
     where = f'"{repo_id}"' + ("" if revision is None else f', revision="{revision}"')
     text = text.replace('"local-dir:PATH"', f'"hf-hub:{repo_id}{at}"')
+    bounds = f'hf_hub_download("{repo_id}", "{BOUNDS}"' + where.removeprefix(f'"{repo_id}"') + ")"
+    if f'"PATH/{BOUNDS}"' in text:
+        text = text.replace(f'"PATH/{BOUNDS}"', bounds)
+        text = text.replace(
+            "from safetensors import", "from huggingface_hub import hf_hub_download\nfrom safetensors import"
+        )
     text = text.replace("import normswap\n", "import normswap\nfrom huggingface_hub import snapshot_download\n")
     text = text.replace('normswap.load_into(model, "PATH")', f"normswap.load_into(model, snapshot_download({where}))")
     return text.replace('normswap.load("PATH")', f"normswap.load(snapshot_download({where}))")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..errors import ArgumentError, first_line
-from ..layers import TokenAffine
+from ..layers import TokenAffine, TokenBatchNorm, TokenBound
 from ..model_utils import eval_mode, find_module, pretrained_cfg
 from ..surgery.fold import difference
 
@@ -191,7 +191,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
 
 def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
-    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "biases": [], "buffers": []}
+    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "bound": [], "biases": [], "buffers": []}
     for path, module in original.named_modules():
         now = find_module(fused, path)  # None inside a norm that is gone
         if isinstance(module, nn.LayerNorm):
@@ -201,6 +201,8 @@ def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
                 edits["keep"][path] = {"eps": now.eps}
             else:
                 edits["identity"].append(path)
+            if isinstance(now, TokenBound | TokenBatchNorm) and now.lower is not None:
+                edits["bound"].append(path)
         elif getattr(module, "bias", 0) is None and getattr(now, "bias", None) is not None:
             edits["biases"].append(path)
         for name in sorted(module._non_persistent_buffers_set):
@@ -216,6 +218,9 @@ def apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
     for path, arguments in edits["affine"].items():
         like = model.get_submodule(path).weight
         model.set_submodule(path, TokenAffine(**arguments, **_kind(like)))
+    for path in edits.get("bound", ()):  # folders of 0.1 have none; what the bounds are is in a file of their own
+        if not isinstance(model.get_submodule(path), TokenAffine):
+            model.set_submodule(path, TokenBound())
     for path, arguments in edits["keep"].items():
         model.get_submodule(path).eps = arguments["eps"]
     for path in edits["biases"]:

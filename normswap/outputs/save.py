@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from torch import nn
 from ..atomic import new_folder, write_text
 from ..errors import ArgumentError, CheckFailedError, CheckpointError, first_line
 from ..inputs.checkpoint import check_keys
-from ..layers import TokenAffine
+from ..layers import TokenAffine, TokenBound
 from ..model_utils import eval_mode, find_module, meta_copy, pretrained_cfg
 from ..records.provenance import machine
 from ..records.report import LOAD_WITH, ConversionReport
 from ..reporting.html_report import can_render, check_extra, render_page
 from ..reporting.model_card import model_card
 from ..surgery.fold import difference
+from .bounds_file import BOUNDS, read_bounds, write_bounds
 from .options import SaveOptions
 from .rebuild import apply_edits, as_recorded, innermost_model, model_arguments
 
 RECORD, WEIGHTS, CONFIG, CARD = "normswap.json", "model.safetensors", "config.json", "README.md"
 PAGE = "report.html"
-FORMAT = 1
+FORMATS = (1, 2)  # a folder with bounds is of the second: to leave them out unsaid would be another model
 _STOCK, _OWN, _INTO = LOAD_WITH
 # Sums in another order move outputs by a few roundings of 6e-8 for each layer, relative to their size.
 _REORDERED = 1e-4
@@ -86,6 +88,7 @@ def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None
         if finished.problem is None:
             write_config(folder / CONFIG, model, extra, options.data_config)
         write_weights(folder / WEIGHTS, model)
+        report.bounded = write_bounds(folder / BOUNDS, model)
         loaded = None
         if report.stock_timm is None:
             loaded, report.stock_timm = _load_with_timm(folder)
@@ -93,12 +96,12 @@ def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None
         if finished.problem is not None:
             _prove_weights(out, folder, finished)
         elif loaded is None:
-            write_json(folder / RECORD, {"format": FORMAT, "edits": finished.edits, "report": {}})
+            write_json(folder / RECORD, {"format": _format(finished.edits), "edits": finished.edits, "report": {}})
             loaded = load(folder)
         if loaded is not None:
             report.read_back_err = _prove(out, model, loaded, finished.probe)
         record = {
-            "format": FORMAT,
+            "format": _format(finished.edits),
             "edits": finished.edits,
             "command": options.command,
             "made": machine(next(model.parameters()).device),
@@ -107,7 +110,8 @@ def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None
             "thumbnails": list(finished.thumbnails),
         }
         write_json(folder / RECORD, record)
-        shutil.copymode(folder / RECORD, folder / WEIGHTS)  # safetensors makes files that only their owner reads
+        for name in (WEIGHTS, BOUNDS) if report.bounded else (WEIGHTS,):
+            shutil.copymode(folder / RECORD, folder / name)  # safetensors makes files that only their owner reads
         page = page and _write_page(folder / PAGE, record)
         write_text(folder / CARD, model_card(report, pretrained_cfg(model), page, type(model).__name__))
 
@@ -141,6 +145,7 @@ def load(path: str | Path) -> nn.Module:
     state = _read_weights(path)
     check_keys(str(path / WEIGHTS), model.state_dict(), state)
     model.load_state_dict(state, strict=True, assign=False)
+    read_bounds(path, model, read_record(path)["edits"])
     return model.eval()
 
 
@@ -187,8 +192,10 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         raise CheckpointError(f"{path}: what {RECORD} says does not fit {type(target).__name__} ({problem})") from error
     state = _read_weights(path)
     check_keys(str(path / WEIGHTS), shadow.state_dict(), state)
+    read_bounds(path, shadow, edits)  # nothing is changed if they do not fit
     apply_edits(target, edits)
     target.load_state_dict(state, strict=True)
+    read_bounds(path, target, edits)
     model.eval()
     return model
 
@@ -233,8 +240,9 @@ def read_record(path: Path) -> dict[str, Any]:
         version = record["format"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{path / RECORD}: cannot be read ({type(error).__name__}: {error})") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads format {FORMAT}")
+    if version not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise CheckpointError(f"{path / RECORD}: format {version}; this normswap reads formats {known}")
     return record
 
 
@@ -308,6 +316,10 @@ def write_config(path: Path, model: nn.Module, extra: dict[str, Any], data_confi
         raise OSError(f"{path.name}: {error}") from error
 
 
+def _format(edits: dict[str, Any]) -> int:
+    return FORMATS[1] if edits.get("bound") else FORMATS[0]
+
+
 def _write_page(path: Path, record: dict[str, Any]) -> bool:
     """Write report.html and return whether that was possible: hours of calibration are not lost for a picture."""
     try:
@@ -323,8 +335,12 @@ def _write_page(path: Path, record: dict[str, Any]) -> bool:
 
 def _load_with_timm(folder: Path) -> tuple[nn.Module | None, str | None]:
     """Return the model as plain timm loads it, and None; or None and why timm cannot."""
+    bounded = (folder / BOUNDS).is_file()
+    norm: Any = partial(TokenBound, file=str(folder / BOUNDS)) if bounded else nn.Identity
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=nn.Identity).eval(), None
+        if bounded:  # its weights alone must load as well
+            timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=nn.Identity)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=norm).eval(), None
     except Exception as error:  # an architecture's own checkpoint filter may trip over the missing norms in any way
         return None, f"its loader of this architecture does not know weights without norms ({type(error).__name__})"
 

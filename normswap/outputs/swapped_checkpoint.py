@@ -140,9 +140,10 @@ def load_swapped(path: str | Path, model: nn.Module | None = None) -> Swapped:
 
 def describe_swapped(original: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Return what `rebuild_swapped` needs beyond the weights, as plain JSON types."""
-    edits = describe_edits(original, model) | {"identity": [], "affine": {}, "keep": {}}
+    found = describe_edits(original, model)
+    edits = found | {"identity": [], "affine": {}, "keep": {}, "bound": []}
     eps = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
-    return {"eps": eps, "edits": edits}
+    return {"eps": eps, "edits": edits, "bound": found["bound"]}
 
 
 def rebuild_swapped(model: nn.Module, record: dict[str, Any]) -> nn.Module:
@@ -150,6 +151,9 @@ def rebuild_swapped(model: nn.Module, record: dict[str, Any]) -> nn.Module:
     apply_edits(model, record["edits"])
     for name, eps in record["eps"].items():
         model.get_submodule(name).eps = eps
+    for path in record.get("bound", ()):  # folders of 0.1 have none
+        norm: Any = model.get_submodule(path)
+        norm.set_bound(norm.running_mean, norm.running_mean)  # of the right shape; the weights' file has the values
     return model
 
 

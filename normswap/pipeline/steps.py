@@ -252,6 +252,7 @@ def _report(work: Work) -> ConversionReport:
         reconstruct=request.calibration.reconstruct if method == "reconstruct" else None,
         refine_steps=fitted.refine_steps,
         views=request.calibration.views,
+        bound=request.calibration.bound,
         finetuning=work.finetuning,
         budget=work.budget,
         created_biases=created_biases(work.original, work.fused),

@@ -59,6 +59,7 @@ class SiteFit:
         r2: share of the variance of the LayerNorm's output on the same input that the BatchNorm explains, at most 1.
         r2_original: the same for what the original model has there: what is left after the drift of all sites before.
         r2_patch, r2_prefix: r2 of patch and of prefix tokens, both about the mean over all; None where there are none.
+        bound: the name of the bound on what arrives at the norm.
     """
 
     site: str
@@ -67,6 +68,7 @@ class SiteFit:
     r2_original: float
     r2_patch: float | None = None
     r2_prefix: float | None = None
+    bound: str = "none"
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class ConversionReport:
     reconstruct: str | None = None
     refine_steps: int | None = None
     views: float = 0.0
+    bound: str = "none"
     out: str | None = None
     fits: list[SiteFit] = field(default_factory=list)
     layers: list[LayerFit] = field(default_factory=list)
@@ -227,6 +230,7 @@ class ConversionReport:
     fold_agreement: float | None = None
     fold_warning: str | None = None
     load_with: str | None = None
+    bounded: bool = False  # whether the folder has bounds
     read_back_err: float | None = None
 
     @property

@@ -1,11 +1,13 @@
 """The model card that goes into an output folder: how the model was made, what it cost, and the line that loads it."""
 
+import inspect
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..layers import TokenBound
 from ..records.report import LOAD_WITH, ConversionReport, Finetuning, StageMetrics
 from ..tables import markdown, number, sentence
 from .budget_tables import BUDGET_COLUMNS, budget_line, budget_rows, budget_title
@@ -28,6 +30,29 @@ import timm, torch
 
 model = timm.create_model("local-dir:PATH", pretrained=True, norm_layer=torch.nn.Identity)
 ```
+"""
+
+_BOUNDED = """Plain timm loads it; normswap is not needed. bounds.safetensors has a range for each channel where a
+LayerNorm was, and this class clamps to it:
+
+```python
+from functools import partial
+from typing import Any
+
+import timm, torch
+from safetensors import safe_open
+from torch import nn
+
+
+{source}
+
+model = timm.create_model(
+    "local-dir:PATH", pretrained=True, norm_layer=partial(TokenBound, file="PATH/bounds.safetensors")
+)
+```
+
+With `norm_layer=torch.nn.Identity` the same weights load without the bounds. On images like those of the calibration
+the outputs are nearly the same then; on noisy, covered or blank ones nothing limits them.
 """
 
 _OWN = """Plain timm cannot build it ({reason}); normswap can:
@@ -88,8 +113,9 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
     fit = fit_line(report.fits)
-    text = _STOCK if report.stock_timm is None else _INTO if report.load_with == LOAD_WITH[2] else _OWN
-    load = text.format(reason=report.stock_timm, kind=kind)
+    stock = _BOUNDED if report.bounded else _STOCK
+    text = stock if report.stock_timm is None else _INTO if report.load_with == LOAD_WITH[2] else _OWN
+    load = text.format(reason=report.stock_timm, kind=kind, source=inspect.getsource(TokenBound).strip())
     lines = [
         "---",
         metadata(config).to_yaml(),

@@ -8,7 +8,9 @@ The whole fold, as `fold_norms` runs it:
    (`fold_input`); what makes its input takes ``W' = s[:, None] * W``, ``b' = s * b + h`` (`fold_output`); a position
    embedding or token takes ``s * v + h``; a norm behind it takes its map on. All on float64 copies.
 3. *Commit.* Every result is cast to the dtype it will have and checked to be finite. Only then are all assigned.
-4. *Clear away.* A folded norm becomes `nn.Identity`; one that nothing could take becomes a `TokenAffine`.
+4. *Clear away.* A folded norm becomes `nn.Identity`, or a `TokenBound` if its input has a bound; one that nothing could
+   take becomes a `TokenAffine`. A bound stays where it is, in the units of what now arrives there: a norm folded
+   backwards arrives scaled.
 
 A new kind of layer is a new entry in `normswap.planning.operands` (where its weight and bias are, and what it does to
 channels); nothing here has to know of it.
@@ -24,13 +26,15 @@ from torch import nn
 
 from ..ambient import known_context, thaw
 from ..errors import ArgumentError, FoldError
-from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, detach_norm
+from ..layers import NormedConv2d, NormedLinear, TokenAffine, TokenBatchNorm, TokenBound, detach_norm
 from ..model_utils import example_batch, find_tensor, meta_copy, resolve_input_size, tied_names
 from ..module_state import check_state, check_weights
 from ..planning.foldability import KEEP, Target, Verdict
 from ..planning.graph import ModelGraph
 from ..planning.plan import judge_norms
 from .swap import batch_norms
+
+_Range = tuple[torch.Tensor, torch.Tensor]
 
 
 def fold_input(
@@ -82,8 +86,9 @@ def fold_norms(
 ) -> nn.Module:
     """Return the model with every BatchNorm folded away; a second call changes nothing.
 
-    A BatchNorm that no neighbour can take becomes a `TokenAffine`. A layer without bias gets one where the fold
-    needs it. dtype, device, ``requires_grad`` and training flags stay.
+    A BatchNorm that no neighbour can take becomes a `TokenAffine`; what bounds its input stays, as a `TokenBound` or in
+    the `TokenAffine`. A layer without bias gets one where the fold needs it. dtype, device, ``requires_grad`` and
+    training flags stay.
 
     Args:
         model: from `swap_norms`, calibrated or fine-tuned, in eval mode.
@@ -141,7 +146,7 @@ def _clear_away(
 ) -> None:
     """Put what is left of each norm in its place, and plain layers in the place of those that ended in a norm."""
     for path, norm in norms.items():
-        model.set_submodule(path, _remainder(norm, verdicts[path], *ledger.affines[path]))
+        model.set_submodule(path, _remainder(norm, verdicts[path], *ledger.affines[path], ledger.bounds.get(path)))
     for path, module in list(model.named_modules()):
         if isinstance(module, NormedLinear | NormedConv2d) and isinstance(module.norm, nn.Identity):
             model.set_submodule(path, detach_norm(module))
@@ -154,14 +159,19 @@ def created_biases(before: nn.Module, after: nn.Module) -> list[str]:
     return [name for name in fresh if not isinstance(after.get_submodule(name.rpartition(".")[0]), TokenAffine)]
 
 
-def _remainder(norm: TokenBatchNorm, verdict: Verdict, scale: torch.Tensor, shift: torch.Tensor) -> nn.Module:
-    if verdict.targets:
-        return nn.Identity().train(norm.training)
-    affine = TokenAffine(norm.num_features, norm.channel_dim, norm.weight.device, norm.weight.dtype)
-    affine.weight.copy_(scale)
-    affine.bias.copy_(shift)
-    affine.requires_grad_(norm.weight.requires_grad)
-    return affine.train(norm.training)
+def _remainder(
+    norm: TokenBatchNorm, verdict: Verdict, scale: torch.Tensor, shift: torch.Tensor, bound: _Range | None
+) -> nn.Module:
+    left: nn.Module = nn.Identity() if bound is None else TokenBound()
+    if not verdict.targets:
+        left = affine = TokenAffine(norm.num_features, norm.channel_dim, norm.weight.device, norm.weight.dtype)
+        affine.weight.copy_(scale)
+        affine.bias.copy_(shift)
+        affine.requires_grad_(norm.weight.requires_grad)
+    if bound is not None:
+        shape = (-1,) if norm.channel_dim == -1 else (-1, 1, 1)  # [C] or [C, 1, 1]
+        left.lower, left.upper = (end.reshape(shape).to(norm.weight) for end in bound)
+    return left.train(norm.training)
 
 
 class _Ledger:
@@ -170,6 +180,11 @@ class _Ledger:
     def __init__(self, model: nn.Module, norms: dict[str, TokenBatchNorm]) -> None:
         self.model = model
         self.affines = {path: norm.affine64() for path, norm in norms.items()}
+        self.bounds: dict[str, _Range] = {
+            path: (norm.lower.double(), norm.upper.double())
+            for path, norm in norms.items()
+            if norm.lower is not None and norm.upper is not None
+        }
         self.tensors: dict[str, torch.Tensor] = {}
         self.fresh: set[str] = set()
 
@@ -182,6 +197,9 @@ class _Ledger:
             raise FoldError(f"{path}: its scale or shift is not finite; calibrate first")
         for target in verdict.targets:
             self._fold(target, scale, shift)
+        if path in self.bounds and any(target.side in ("output", "value") for target in verdict.targets):
+            ends = torch.stack([end * scale + shift for end in self.bounds[path]])
+            self.bounds[path] = ends.amin(0), ends.amax(0)  # a negative scale swaps them
 
     def _fold(self, target: Target, scale: torch.Tensor, shift: torch.Tensor) -> None:
         channels = torch.tensor(target.channels, device=scale.device)
@@ -190,6 +208,8 @@ class _Ledger:
         h = torch.where(taken & target.shift, shift[channels], 0.0)
         if target.side == "norm":
             outer, offset = self.affines[target.name]
+            if target.name in self.bounds:
+                h = self._rebound(target.name, s, h)
             self.affines[target.name] = outer * s, outer * h + offset
             return
         if target.side == "value":
@@ -210,6 +230,18 @@ class _Ledger:
             # One that another fold makes is scaled here as well.
             if b.name and (b.name in self.fresh or find_tensor(self.model, b.name) is not None):
                 self.tensors[b.name] = rows
+
+    def _rebound(self, path: str, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Let a norm that takes on ``s * x + h`` bound x instead; return h, itself bounded where s is 0."""
+        lower, upper = self.bounds[path]
+        constant = scale == 0
+        ends = torch.stack([(end - shift) / scale for end in (lower, upper)])
+        infinite = torch.full_like(lower, torch.inf)
+        self.bounds[path] = (
+            torch.where(constant, -infinite, ends.amin(0)),
+            torch.where(constant, infinite, ends.amax(0)),
+        )
+        return torch.where(constant, shift.clamp(lower, upper), shift)
 
     def _copy(self, name: str, features: int = 0) -> torch.Tensor:
         if name in self.tensors:
