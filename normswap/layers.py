@@ -123,7 +123,7 @@ class TokenBound(nn.Module):
 
     Args:
         args, arguments: a norm's, which are not needed.
-        file: safetensors with ``PATH.lower`` and ``PATH.upper`` for the modules' paths; None: the range is set by hand.
+        file: safetensors with ``lower`` and ``upper`` under the path of each module; None: the range is set by hand.
 
     >>> bound = TokenBound()
     >>> bound.lower, bound.upper = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])
@@ -147,7 +147,7 @@ class TokenBound(nn.Module):
             self.file = None  # read; it need not be there any more
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.lower is None else torch.clamp(x, self.lower, self.upper)
+        return x if self.lower is None else torch.clamp(x, self.lower.to(x.dtype), self.upper.to(x.dtype))
 
 
 class TokenAffine(TokenBound):

@@ -1,10 +1,14 @@
 """Small real timm models, one per trait of the ViT family, with weights that no fold passes by accident."""
 
+import os
+from functools import partial
+
 import timm
 import torch
 from torch import nn
 
-from normswap.layers import TokenBatchNorm
+from normswap.layers import TokenBatchNorm, TokenBound
+from normswap.outputs.bounds_file import BOUNDS
 
 _TINY = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_classes": 7}
 
@@ -111,3 +115,10 @@ def bound_norms(model: nn.Module, sites: list[str], x: torch.Tensor) -> nn.Modul
         ordered = torch.cat(seen).sort(0).values
         norm.set_bound(ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4])  # type: ignore[operator]
     return model
+
+
+def with_timm(folder: object) -> nn.Module:
+    """Return the model in an output folder as plain timm loads it, in eval mode."""
+    file = f"{folder}/{BOUNDS}"
+    norm_layer = partial(TokenBound, file=file) if os.path.exists(file) else nn.Identity
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=norm_layer).eval()

@@ -10,6 +10,7 @@ import normswap
 from normswap.inputs.dataset import load_splits
 from normswap.surgery.fold import max_difference
 
+from .models import with_timm
 from .tolerance import FOLD_FLOAT32, FOLD_FLOAT64
 
 pytestmark = pytest.mark.slow
@@ -69,13 +70,12 @@ def test_fold_in_float64(results):
 
 
 def test_the_saved_folder_is_stock(results, shared_model, tmp_path):
-    import timm
 
     _, batches, _, _ = results
     model = normswap.load_model(shared_model)
     result = normswap.convert(model, batches[:2])
     result.save(tmp_path / "out")
     assert result.report.stock_timm is None
-    stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+    stock = with_timm(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(stock(batches[2]), result.model(batches[2]))

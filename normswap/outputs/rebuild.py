@@ -219,7 +219,10 @@ def apply_edits(model: nn.Module, edits: dict[str, Any]) -> None:
         like = model.get_submodule(path).weight
         model.set_submodule(path, TokenAffine(**arguments, **_kind(like)))
     for path in edits.get("bound", ()):  # folders of 0.1 have none; what the bounds are is in a file of their own
-        if not isinstance(model.get_submodule(path), TokenAffine):
+        left = model.get_submodule(path)
+        if not isinstance(left, nn.Identity | TokenAffine):
+            raise KeyError(f"a bound at {path}, where there is a {type(left).__name__}")
+        if isinstance(left, nn.Identity):
             model.set_submodule(path, TokenBound())
     for path, arguments in edits["keep"].items():
         model.get_submodule(path).eps = arguments["eps"]

@@ -138,7 +138,7 @@ def load(path: str | Path) -> nn.Module:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result.save(f"{folder}/out")
     ...     type(load(f"{folder}/out").norm).__name__
-    'Identity'
+    'TokenBound'
     """
     path = Path(path)
     model = build(path)
@@ -173,7 +173,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     ...     result.save(f"{folder}/out")
     ...     loaded = load_into(mine(), f"{folder}/out")
     >>> [type(module).__name__ for module in loaded]
-    ['Flatten', 'Linear', 'Identity', 'Linear']
+    ['Flatten', 'Linear', 'TokenBound', 'Linear']
     >>> torch.equal(loaded(images[0]), result.model(images[0]))
     True
     """

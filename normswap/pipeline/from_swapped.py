@@ -70,7 +70,7 @@ def finetune_swapped(
     >>> swapped.report.finetuning.steps
     3
     >>> type(fuse(swapped).model.norm).__name__
-    'Identity'
+    'TokenBound'
     """
     resumed = goes_on(state, resume)
     items = images if eval_images is not None else list(checked(images))

@@ -17,7 +17,7 @@ from normswap_cli.main import cli
 
 IMAGES = ("--data-dir", FOLDER, "--eval-samples", 32, "-j", 0, "--device", "cpu")
 DEMO = ("-m", MODEL, *IMAGES, "--calib-samples", 32)
-FILES = {"README.md", "config.json", "model.safetensors", "normswap.json", "report.html"}
+FILES = {"README.md", "bounds.safetensors", "config.json", "model.safetensors", "normswap.json", "report.html"}
 STAGES = ["original", "swapped", "calibrated", "fused"]
 
 

@@ -14,7 +14,7 @@ import normswap
 from normswap.outputs.hub import prepare, push
 
 from ..cli.test_cli import one_object, run
-from ..models import family, images
+from ..models import family, images, with_timm
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,14 @@ def test_dry_run(folders, no_hub):
     assert result.exit_code == 0, result.stderr
     record = one_object(result)
     files = {entry["path"]: entry["bytes"] for entry in record["files"]}
-    assert list(files) == ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
+    assert list(files) == [
+        "README.md",
+        "bounds.safetensors",
+        "config.json",
+        "model.safetensors",
+        "normswap.json",
+        "report.html",
+    ]
     for name in set(files) - {"README.md"}:
         assert files[name] == (folders / "whole" / name).stat().st_size
     assert (record["repo_id"], record["private"], record["dry_run"], record["url"]) == ("user/model", True, True, None)
@@ -122,7 +129,10 @@ def test_dry_run(folders, no_hub):
 
 def test_the_card_says_how_to_load_it_from_the_hub(folders):
     card = prepare(folders / "whole", "user/model", revision="v2", base_model="timm/vit_tiny").card
-    assert 'timm.create_model("hf-hub:user/model@v2", pretrained=True, norm_layer=torch.nn.Identity)' in card
+    file = 'hf_hub_download("user/model", "bounds.safetensors", revision="v2")'
+    loads = f'"hf-hub:user/model@v2", pretrained=True, norm_layer=partial(TokenBound, file={file})'
+    assert loads in card
+    assert "from huggingface_hub import hf_hub_download\n" in card
     assert "PATH" not in card
     assert ModelCard(card).data.base_model == "timm/vit_tiny"
     partial = prepare(folders / "partial", "user/model")
@@ -167,7 +177,14 @@ def test_one_commit_with_everything(folders, hub, tmp_path):
     result = run("push", folders / "whole", "user/model", "--revision", "v2", "--private", "--message", "Ship it")
     assert result.exit_code == 0, result.stderr
     assert "/user/model/commit/1" in result.stderr.splitlines()[-1]
-    assert set(hub.committed) == {"README.md", "config.json", "model.safetensors", "normswap.json", "report.html"}
+    assert set(hub.committed) == {
+        "README.md",
+        "bounds.safetensors",
+        "config.json",
+        "model.safetensors",
+        "normswap.json",
+        "report.html",
+    }
     paths = [path for path, *_ in hub.requests]
     assert paths[0] == "/api/repos/create"
     made = json.loads(hub.requests[0][2])
@@ -182,7 +199,7 @@ def test_one_commit_with_everything(folders, hub, tmp_path):
     arrived.mkdir()
     for name, content in hub.committed.items():
         (arrived / name).write_bytes(content)
-    model = timm.create_model(f"local-dir:{arrived}", pretrained=True, norm_layer=torch.nn.Identity).eval()
+    model = with_timm(arrived)
     x = images(model)
     with torch.no_grad():
         assert torch.equal(model(x), normswap.load(folders / "whole")(x))
@@ -234,14 +251,21 @@ def test_folders_that_are_none(folders, tmp_path):
     (tmp_path / "normswap.json").write_bytes((folders / "whole/normswap.json").read_bytes())
     with pytest.raises(normswap.CheckpointError, match="is missing"):
         prepare(tmp_path, "user/model")
-    for name in ("model.safetensors", "config.json", "README.md"):
+    for name in ("model.safetensors", "bounds.safetensors", "config.json", "README.md"):
         (tmp_path / name).write_bytes((folders / "whole" / name).read_bytes())
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache/secret").write_text("hidden")
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx/model.onnx").write_text("graph")
     files = list(prepare(tmp_path, "user/model").files)
-    assert files == ["README.md", "config.json", "model.safetensors", "normswap.json", "onnx/model.onnx"]
+    assert files == [
+        "README.md",
+        "bounds.safetensors",
+        "config.json",
+        "model.safetensors",
+        "normswap.json",
+        "onnx/model.onnx",
+    ]
     (tmp_path / "README.md").write_text("# no metadata\n")
     with pytest.raises(normswap.CheckpointError, match="library_name"):
         prepare(tmp_path, "user/model")

@@ -15,7 +15,7 @@ from normswap.outputs.rebuild import unwrapped
 from normswap.pipeline import steps
 
 from ..cli.test_cli import IMAGES, run
-from ..models import family, images, randomised
+from ..models import family, images, randomised, with_timm
 
 CHANNEL = normswap.CalibrationOptions(method="channel")
 
@@ -113,7 +113,7 @@ def test_every_model_can_be_saved_and_loaded(tmp_path, name):
         expected = result.model(x)
         if reason is None:
             assert report.load_with == "timm.create_model"
-            stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+            stock = with_timm(tmp_path / "out")
             assert torch.equal(stock(x), expected)
             assert torch.equal(load(tmp_path / "out")(x), expected)
         else:

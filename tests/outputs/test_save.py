@@ -15,7 +15,7 @@ from normswap import ArgumentError, CheckFailedError, CheckpointError, convert, 
 from normswap.outputs.save import stock_arguments, write_weights
 from normswap.surgery.fold import Difference
 
-from ..models import FAMILY, family, images
+from ..models import FAMILY, family, images, with_timm
 
 # How near the result comes to the original is tested elsewhere.
 QUICK = normswap.CalibrationOptions(method="channel")
@@ -40,7 +40,7 @@ def test_round_trip(tmp_path, name):
             assert _NOT_STOCK[name] in result.report.stock_timm
             return
         assert result.report.stock_timm is None
-        stock = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+        stock = with_timm(tmp_path / "out")
         assert torch.equal(stock(x), expected)
     assert not torch.allclose(expected, model(x))
 
@@ -50,7 +50,7 @@ def test_files(tmp_path):
     result = convert(model, [(images(model, 6), torch.zeros(6, dtype=torch.long))], calibration=QUICK)
     out = tmp_path / "deep" / "out"
     result.save(out, normswap.SaveOptions(command=["normswap", "convert"]))
-    files = ["README.md", "config.json", "model.safetensors", "normswap.json", "report.html"]
+    files = ["README.md", "bounds.safetensors", "config.json", "model.safetensors", "normswap.json", "report.html"]
     assert sorted(p.name for p in out.iterdir()) == files
     config = json.loads((out / "config.json").read_text())
     assert config["architecture"] == "vit_tiny_patch16_224"
@@ -66,7 +66,7 @@ def test_files(tmp_path):
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(result.model.state_dict())
     card = (out / "README.md").read_text()
-    assert "norm_layer=torch.nn.Identity" in card
+    assert 'norm_layer=partial(TokenBound, file="PATH/bounds.safetensors")' in card
     assert "| fused |" in card
     modes = {oct(os.stat(path).st_mode & 0o777) for path in out.iterdir()}
     assert len(modes) == 1
@@ -129,7 +129,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
     elif damage == "missing key":
         record.write_text(record.read_text().replace('"blocks.0.norm1",', "", 1))
     elif damage == "format":
-        record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
+        record.write_text(record.read_text().replace('"format": 2', '"format": 99'))
     else:
         config.write_text("{")
     with pytest.raises(CheckpointError):

@@ -18,7 +18,7 @@ from ..cli.test_bad_input import assert_one_line, refused
 from ..cli.test_cli import IMAGES, run
 
 # What a user runs who never heard of normswap: importing it is made impossible first.
-SCRIPT = """
+SCRIPT = r"""
 import json, sys
 
 class Blocker:
@@ -35,11 +35,14 @@ for name in ("normswap", "normswap_cli"):
     else:
         raise AssertionError(f"{name} could be imported")
 
-import timm, torch
+import re
 from safetensors.torch import save_file
 
 folder, probe, answers = sys.argv[1:]
-model = timm.create_model(f"local-dir:{folder}", pretrained=True, norm_layer=torch.nn.Identity).eval()
+# What the model card says, as it stands.
+(block,) = re.findall("```python\n(.*?)```", open(f"{folder}/README.md").read(), re.S)
+exec(block.replace("PATH", folder))
+model = model.eval()
 images = torch.load(probe)
 with torch.no_grad():
     save_file({"logits": model(images)}, answers)

@@ -13,7 +13,7 @@ from normswap.demo import FOLDER, MODEL
 from normswap.surgery.swap import batch_norms
 
 from ..cli.test_cli import DEMO, IMAGES, one_object, run
-from ..models import FAMILY, family, images, randomise_statistics, randomised
+from ..models import FAMILY, family, images, randomise_statistics, randomised, with_timm
 from ..tolerance import FOLD_FLOAT32
 
 # The families that differ in what a checkpoint has to carry; built with a class as an argument, none can be saved.
@@ -185,7 +185,7 @@ def test_the_road_on_the_command_line(swapped, tmp_path):
     assert after["stages"][2]["kl"] == pytest.approx(record["stages"][2]["kl"], abs=FOLD_FLOAT32)
     assert after["finetuning"] == record["finetuning"]
     assert "- fine-tuned on 144 images, without labels: " in (tmp_path / "out" / "README.md").read_text()
-    out = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=torch.nn.Identity).eval()
+    out = with_timm(tmp_path / "out")
     assert not any(isinstance(module, torch.nn.LayerNorm) for module in out.modules())
 
 

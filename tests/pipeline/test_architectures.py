@@ -20,6 +20,7 @@ from normswap import (
 from normswap.surgery.fold import created_biases, max_difference
 from normswap.surgery.swap import batch_norms
 
+from ..models import with_timm
 from ..tolerance import FOLD_FLOAT64
 
 _TINY = {"embed_dim": 48, "num_heads": 3, "depth": 2}
@@ -192,7 +193,7 @@ def test_what_was_folded_into_odd_places_is_saved(tmp_path, name, stock):
         expected = result.model(images)
         assert torch.equal(load(tmp_path / "out")(images), expected)
         if stock:
-            plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, norm_layer=nn.Identity).eval()
+            plain = with_timm(tmp_path / "out")
             assert torch.equal(plain(images), expected)
 
 
