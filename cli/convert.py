@@ -9,7 +9,7 @@ import click
 import cloup
 from cloup import option
 
-from normswap.calibration.options import AUTO, BOUNDS, METHODS, RECONSTRUCT, CalibrationOptions
+from normswap.calibration.options import AUTO, BOUNDS, METHODS, RECONSTRUCT, SHARE, CalibrationOptions
 from normswap.exporting.options import FORMATS
 from normswap.pipeline.options import EvaluationOptions
 from normswap.planning.options import FFN_BN
@@ -57,9 +57,9 @@ def _calibration_group() -> o.Decorator:
         o.numbers(
             "--views",
             type=click.FloatRange(0, 1),
-            default=_CALIBRATION.views,
             metavar="X",
-            help="share of the calibration images to corrupt at random, so that the model holds on unusual images",
+            help="share of the calibration images to corrupt at random, so that the model holds on unusual images  "
+            f"[{SHARE:g} for {METHODS[0]}, else 0]",
         ),
         option(
             "--bound",

@@ -14,7 +14,6 @@ from torch import nn
 from ..ambient import known_context, thaw, thawed
 from ..errors import ArgumentError, CalibrationError
 from ..inputs.batches import ImageBatches
-from ..inputs.normalisation import Normalisation
 from ..layers import TokenBatchNorm
 from ..model_utils import eval_mode, find_module
 from ..module_state import check_state, check_weights
@@ -28,7 +27,7 @@ from .moments import CACHED_ROWS, Moments
 from .options import CalibrationOptions
 from .reconstruction import ROWS_KEPT, Reconstruction, drawn
 from .solvable_layers import Readers, Writer, find_readers, find_writers
-from .views import viewed
+from .views import with_views
 
 
 class _MapObserver(Observer):
@@ -107,8 +106,8 @@ def calibrate(
         raise ArgumentError(f"{type(swapped).__name__} has no BatchNorm where the original has a LayerNorm: swap first")
     observers = {path: _MapObserver(path, norm) for path, norm in norms.items() if path not in sites}
     batches = ImageBatches.of(images, next(original.parameters()))
-    if options.views and batches is not images:  # who passes finished batches has seen to that
-        batches = viewed(batches, Normalisation.of(images, original), options.views)
+    if batches is not images:  # who passes finished batches has seen to that
+        batches, _ = with_views(batches, images, original, options)
     budget = options.memory_budget or default_budget()
     with (
         eval_mode(original, swapped),
@@ -139,7 +138,7 @@ class _Work:
         # What is refined is seen where the branch's writer ends.
         steps = options.refine_steps if options.solves_writers else 0
         self.reconstruction = Reconstruction(lockstep, options.method, original, norms, steps)
-        self.bounds = Bounds(lockstep, original, norms, options.bound)
+        self.bounds = Bounds(lockstep, original, norms, options.effective_bound)
         lane = lockstep.converted
         readers = find_readers(lane, sites) if reconstructs else []
         writers = find_writers(lane, sites) if options.solves_writers else []

@@ -7,6 +7,7 @@ from ..errors import ArgumentError
 METHODS = ("reconstruct", "channel", "moments")
 RECONSTRUCT = ("all", "readers")
 BOUNDS = ("none", "wide", "tight")
+SHARE = 0.5  # of the calibration images that are corrupted, where nothing is said about it
 AUTO = "auto"  # one of the bounds for each norm
 
 
@@ -26,10 +27,11 @@ class CalibrationOptions:
             what is free. On a GPU as many may stay there, up to half of what is free there.
         views: share of the calibration images that carry one random corruption (noise, blur, brightness, contrast, salt
             and pepper), 0 to 1. It makes the converted model hold on images unlike the calibration images, see
-            docs/robustness.md.
+            docs/robustness.md. Default: half of them for "reconstruct" if they are pixels in 0..1 once their
+            normalisation is undone, else none.
         bound: what a channel may be where a LayerNorm was: "tight" is the range of 99 % of its values on the
             calibration images, class and patch tokens apart, "wide" that of 99.95 %, "none" anything. "auto" is, for
-            each norm, the tightest that hardly adds to its error on images held out.
+            each norm, the tightest that hardly adds to its error on images held out, and "none" for "moments".
 
     >>> CalibrationOptions(method="channel").check()
     >>> CalibrationOptions(method="magic").check()
@@ -42,7 +44,7 @@ class CalibrationOptions:
     reconstruct: str = "all"
     refine_steps: int | None = None
     memory_budget: int | None = None
-    views: float = 0.0
+    views: float | None = None
     bound: str = AUTO
 
     def check(self) -> None:
@@ -63,8 +65,13 @@ class CalibrationOptions:
 
         if self.bound not in (AUTO, *BOUNDS):
             raise ArgumentError(f"`bound` must be one of {', '.join((AUTO, *BOUNDS))}, not {self.bound!r}")
-        if not 0 <= self.views <= 1:
+        if self.views is not None and not 0 <= self.views <= 1:
             raise ArgumentError(f"`views` must be a share of the images from 0 to 1, not {self.views}")
+
+    @property
+    def effective_bound(self) -> str:
+        """The bound, or how it is chosen: what the literature does, "moments", has none unless it is asked for."""
+        return BOUNDS[0] if self.bound == AUTO and self.method == METHODS[-1] else self.bound
 
     @property
     def solves_writers(self) -> bool:

@@ -5,15 +5,45 @@ wrong exposure are such other directions for clean images; with a share of corru
 and converted model see the same corrupted image, so the target is what the original makes of it, right or wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..evaluation.corruptions import VIEWS, View, random_views
 from ..inputs.batches import ImageBatches
-from ..inputs.normalisation import Normalisation
+from ..inputs.normalisation import Normalisation, NormalisationError
+from .options import METHODS, SHARE, CalibrationOptions
 
 SEED = 1  # apart from that of the stress rows
+
+
+def with_views(
+    batches: ImageBatches, images: Iterable[Any], model: nn.Module, options: CalibrationOptions
+) -> tuple[ImageBatches, float]:
+    """Return the batches to calibrate on, and the share of the images that are corrupted in them.
+
+    Args:
+        batches: of the images.
+        images: as they were given.
+        model: the original, whose config may say how they were normalised.
+        options: of the calibration; where nothing is said about views, images that are no pixels stay as they are.
+
+    Raises:
+        NormalisationError: a share is asked for, and the images are no pixels in 0..1 without their normalisation.
+    """
+    share = options.views
+    if share is None:
+        share = SHARE if options.method == METHODS[0] else 0.0
+    if not share:
+        return batches, 0.0
+    try:
+        return viewed(batches, Normalisation.of(images, model), share), share
+    except NormalisationError:
+        if options.views is not None:
+            raise
+        return batches, 0.0
 
 
 def viewed(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..ambient import thawed
-from ..calibration.views import viewed
+from ..calibration.views import with_views
 from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
 from ..evaluation.evaluate import evaluate_models
@@ -19,7 +19,6 @@ from ..finetuning.holdout import hold_out
 from ..inputs.batches import ImageBatches
 from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
-from ..inputs.normalisation import Normalisation
 from ..inputs.overlap import note_overlap
 from ..model_utils import eval_mode, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
@@ -74,7 +73,8 @@ def prepared(request: Request) -> Work:
         settings = (request.ffn_bn, request.calibration, request.budget)
         fingerprint = calibration_fingerprint(original, plan, batches, *settings, source_data)
     state, resumed = opened(stage, fingerprint)
-    shadow, share = meta_copy(original), request.calibration.views
+    shadow = meta_copy(original)
+    views, share = with_views(batches, request.images, model, request.calibration)
     work = Work(
         request,
         original,
@@ -87,7 +87,8 @@ def prepared(request: Request) -> Work:
         training=training,
         held_out=held_out,
         shadow=shadow,
-        viewed=viewed(batches, Normalisation.of(request.images, model), share) if share else batches,
+        viewed=views,
+        views=share,
         rebuilt=rebuilt(original, shadow, batches[0][:2]),
         clock=Clock(plan=round(plan.seconds, 3), finetune=0.0),
         state=state,
@@ -251,8 +252,8 @@ def _report(work: Work) -> ConversionReport:
         stream=fitted.stream,
         reconstruct=request.calibration.reconstruct if method == "reconstruct" else None,
         refine_steps=fitted.refine_steps,
-        views=request.calibration.views,
-        bound=request.calibration.bound,
+        views=work.views,
+        bound=request.calibration.effective_bound,
         finetuning=work.finetuning,
         budget=work.budget,
         created_biases=created_biases(work.original, work.fused),

@@ -1,5 +1,6 @@
 """What the report shows in pictures, in a few lines: for the terminal and the model card."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
@@ -78,6 +79,17 @@ def _percent(value: float | None) -> str:
     return number(None if value is None else 100 * value, 1)
 
 
+def bounds_line(fits: Sequence[SiteFit]) -> str:
+    """Return how many norms have which bound, empty if none has one.
+
+    >>> bounds_line([SiteFit("norm1", 9, 1.0, 1.0, bound="tight"), SiteFit("norm2", 9, 1.0, 1.0)])
+    '1 tight, 1 none'
+    """
+    counts = Counter(fit.bound for fit in fits)
+    names = [f"{count} {name}" for name, count in counts.most_common() if name != "none"]
+    return ", ".join([*names, *([f"{counts['none']} none"] if counts["none"] else [])]) if names else ""
+
+
 def stream_table(stream: Sequence[StreamError], every: bool = False) -> Table:
     """Return `stream_rows` as a table."""
     return table(STREAM_COLUMNS, stream_rows(stream, every), STREAM_TITLE, right=STREAM_COLUMNS[1:5])
@@ -87,8 +99,8 @@ def sites_table(fits: Sequence[SiteFit]) -> Table:
     """Return one row per norm: how much of LayerNorm's output an affine map of each channel explains."""
     numbers = ["tokens", "R2 same input", "of patches", "of prefix", "R2 original"]
     values = [(f, (f.r2, f.r2_patch, f.r2_prefix, f.r2_original)) for f in fits]
-    rows = [[f.site, str(f.samples), *(number(r2, 4) for r2 in shares)] for f, shares in values]
-    return table(["norm", *numbers], rows, "norms", numbers)
+    rows = [[f.site, str(f.samples), *(number(r2, 4) for r2 in shares), f.bound] for f, shares in values]
+    return table(["norm", *numbers, "bound"], rows, "norms", numbers)
 
 
 def layers_table(layers: Sequence[LayerFit]) -> Table:

@@ -152,7 +152,7 @@ def _kl(s: StageMetrics) -> str:
 
 def _fit_row(f: SiteFit) -> list[str]:
     values = (f.r2, f.r2_patch, f.r2_prefix, f.r2_original)
-    return [f.site, f"{f.samples:,}", *(number(finite(v), 4) for v in values)]
+    return [f.site, f"{f.samples:,}", *(number(finite(v), 4) for v in values), f.bound]
 
 
 def _layer_row(f: LayerFit) -> list[str]:

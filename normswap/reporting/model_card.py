@@ -16,6 +16,7 @@ from .conversion_tables import (
     STREAM_TITLE,
     WORST_COLUMNS,
     WORST_TITLE,
+    bounds_line,
     fit_line,
     kept_layers,
     stream_rows,
@@ -112,7 +113,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
     """
     sites = report.sites
     verdicts = ", ".join(f"{sites[k]} {k}" for k in ("fold-forward", "fold-backward", "affine", "keep") if sites[k])
-    fit = fit_line(report.fits)
+    fit, bounds = fit_line(report.fits), bounds_line(report.fits)
     stock = _BOUNDED if report.bounded else _STOCK
     text = stock if report.stock_timm is None else _INTO if report.load_with == LOAD_WITH[2] else _OWN
     load = text.format(reason=report.stock_timm, kind=kind, source=inspect.getsource(TokenBound).strip())
@@ -126,7 +127,8 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         f"normswap {report.versions['normswap']} replaced LayerNorm by BatchNorm and folded it into the neighbouring",
         f"weights: {sites['total']} LayerNorms, {verdicts}. Converted from `{_short(report.model)}`.",
         "",
-        f"- calibration: `{report.method}` on {report.calibration_data}, without labels{_cost(report)}",
+        f"- calibration: `{report.method}` on {report.calibration_data}{_views(report)}, without labels{_cost(report)}",
+        *([f"- bounds where the LayerNorms were: {bounds}"] if bounds else []),
         *([f"- {_trained(report.finetuning)}"] if report.finetuning is not None else []),
         *([f"- {fit}"] if fit else []),
         *(f"- LayerNorm stays at `{site}`: {reason}" for site, reason in report.stayed.items()),
@@ -178,6 +180,10 @@ def _budget(report: ConversionReport) -> list[str]:
     table = markdown(BUDGET_COLUMNS, budget_rows(report.budget), right=BUDGET_COLUMNS[:-1])
     text = "The LayerNorms that stay were chosen on the images of this table, so its figures are slightly optimistic."
     return ["## Accuracy budget", "", f"{title}: {line}.", "", *table, "", text, ""]
+
+
+def _views(report: ConversionReport) -> str:
+    return f", about {100 * report.views:.0f} % of them corrupted at random" if report.views else ""
 
 
 def _cost(report: ConversionReport) -> str:
