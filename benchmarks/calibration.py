@@ -141,7 +141,8 @@ def main(
                 if images is None:
                     images = torch.cat([batch for batch, _ in train.draw(size, seed)])
                 options = {"method": "reconstruct", "reconstruct": "readers"} if method == "readers" else {}
-                options = {**(options or {"method": method}), "refine_steps": count}
+                # The methods alone: benchmarks/robustness.py measures what views and bounds add.
+                options = {**(options or {"method": method}), "refine_steps": count, "views": 0.0, "bound": "none"}
                 found = measure(original, recorded, images, evaluation, **options)
                 record["rows"].append(key | found)
                 out.write_text(json.dumps(record, indent=1) + "\n")

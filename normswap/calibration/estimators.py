@@ -41,6 +41,7 @@ class Estimator(ABC):
         ``prefix`` `[M]` says which of them are class or register tokens, where they can be told from patches.
         """
         target = layer_norm(self.original, x)
+        x = self.norm.bounded(x)
         self.moments.update(x, target, y)
         if prefix is not None:
             self.prefix = self.prefix or JointMoments()

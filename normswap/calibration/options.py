@@ -27,8 +27,8 @@ class CalibrationOptions:
             what is free. On a GPU as many may stay there, up to half of what is free there.
         views: share of the calibration images that carry one random corruption (noise, blur, brightness, contrast, salt
             and pepper), 0 to 1. It makes the converted model hold on images unlike the calibration images, see
-            docs/robustness.md. Default: half of them for "reconstruct" if they are pixels in 0..1 once their
-            normalisation is undone, else none.
+            docs/robustness.md. Default: half of them for "reconstruct", if there are 100 and they are pixels in 0..1
+            once their normalisation is undone; else none.
         bound: what a channel may be where a LayerNorm was: "tight" is the range of 99 % of its values on the
             calibration images, class and patch tokens apart, "wide" that of 99.95 %, "none" anything. "auto" is, for
             each norm, the tightest that hardly adds to its error on images held out, and "none" for "moments".

@@ -74,7 +74,7 @@ class Reconstruction:
         for batch in self.lockstep.visit(site, writer.stop if writer else site, [site]):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            tokens, targets = norm.tokens(norm.bounded(x)), norm.tokens(batch.collected[site])
+            tokens, targets = norm.tokens(x), norm.tokens(batch.collected[site])
             prefix = prefix_rows(x, norm, self.prefix_tokens)
             if self.method == "reconstruct":  # the layers behind make up for what a part of the rows leaves open
                 tokens, targets, prefix = drawn(batch.number, ROWS_KEPT, self.batches, tokens, targets, prefix)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..evaluation.corruptions import VIEWS, View, random_views
-from ..inputs.batches import ImageBatches
+from ..inputs.batches import FEW, ImageBatches
 from ..inputs.normalisation import Normalisation, NormalisationError
 from .options import METHODS, SHARE, CalibrationOptions
 
@@ -28,14 +28,15 @@ def with_views(
         batches: of the images.
         images: as they were given.
         model: the original, whose config may say how they were normalised.
-        options: of the calibration; where nothing is said about views, images that are no pixels stay as they are.
+        options: of the calibration; where nothing is said about views, few images and those that are no pixels stay as
+            they are.
 
     Raises:
         NormalisationError: a share is asked for, and the images are no pixels in 0..1 without their normalisation.
     """
     share = options.views
     if share is None:
-        share = SHARE if options.method == METHODS[0] else 0.0
+        share = SHARE if options.method == METHODS[0] and batches.image_count >= FEW else 0.0
     if not share:
         return batches, 0.0
     try:

@@ -15,7 +15,7 @@ from .forms import items_of, joined, pair_of
 BATCH_SIZE = 32
 # Calibration holds one batch in five out to choose by, so few images make small batches.
 HELD_OUT = 5
-FEW = 100
+FEW = 100  # images: less than a hundred
 
 
 def checked(images: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -23,7 +23,7 @@ from ..inputs.overlap import note_overlap
 from ..model_utils import eval_mode, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
 from ..outputs.rebuild import describe_edits, rebuilt
-from ..planning.plan import make_plan
+from ..planning.plan import Plan, make_plan
 from ..records.report import ConversionReport
 from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms, judge_fold
@@ -54,11 +54,7 @@ def prepared(request: Request) -> Work:
     if stage is not None:
         training = items if stage.images is None else stage.images
         check_images(training, weight, stage.options, held_out is not None)
-    plan = request.plan or make_plan(model, input_size=batches.input_size)
-    if tuple(plan.input_size) != batches.input_size:  # padding, and with it a fold, may depend on the size
-        raise ArgumentError(f"the plan is for images of {list(plan.input_size)}, these are {list(batches.input_size)}")
-    if not plan.swapped_sites:
-        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
+    plan = _planned(request, model, batches)
     source: Iterable[Any] = items
     named = items if parted else request.images
     if request.eval_images is not None:
@@ -100,6 +96,15 @@ def prepared(request: Request) -> Work:
             request.progress("forward pass", i + 1, len(batches))
             model(batch)
     return work
+
+
+def _planned(request: Request, model: nn.Module, batches: ImageBatches) -> Plan:
+    plan = request.plan or make_plan(model, input_size=batches.input_size)
+    if tuple(plan.input_size) != batches.input_size:  # padding, and with it a fold, may depend on the size
+        raise ArgumentError(f"the plan is for images of {list(plan.input_size)}, these are {list(batches.input_size)}")
+    if not plan.swapped_sites:
+        raise ArgumentError(f"all {len(plan.sites)} LayerNorms are kept: nothing to convert")
+    return plan
 
 
 def _looked_at(request: Request, model: nn.Module) -> Request:

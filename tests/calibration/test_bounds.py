@@ -148,7 +148,7 @@ def test_outputs_keep_their_size_on_images_unlike_those_of_the_calibration():
     largest = {}
     with torch.no_grad():
         for bound in ("none", "auto"):
-            options = normswap.CalibrationOptions(bound=bound, refine_steps=2)
+            options = normswap.CalibrationOptions(bound=bound, views=0, refine_steps=2)
             largest[bound] = float(normswap.convert(model, train, calibration=options).model(x).abs().max())
         original = float(model.eval()(x).abs().max())
     assert largest["auto"] < 2.5 * original

@@ -42,8 +42,10 @@ def test_channel_is_least_squares_on_the_converted_models_own_input(path):
     original = layer_norm(_input_of(model, path, x)).reshape(-1, 48)
     target = ((layer_norm(tokens) + original) / 2).detach().numpy()
     scale, shift = swapped.get_submodule(path).affine64()
+    bounded = swapped.get_submodule(path).bounded(tokens).detach()
+    assert not torch.equal(bounded, tokens)
     for c in range(0, 48, 7):
-        design = np.stack([tokens[:, c].numpy(), np.ones(len(tokens))], 1)
+        design = np.stack([bounded[:, c].numpy(), np.ones(len(tokens))], 1)
         (slope, intercept), *_ = np.linalg.lstsq(design, target[:, c], rcond=None)
         np.testing.assert_allclose([scale[c], shift[c]], [slope, intercept], rtol=1e-8, atol=1e-8)
 

@@ -134,7 +134,7 @@ def test_only_the_layers_it_names_and_batch_norms_change(name):
     before, after = swap_norms(_original(name)).state_dict(), swapped.state_dict()
     named = {fit.layer for fit in found.layers if not fit.reason}
     norms = {path for path, m in swapped.named_modules() if hasattr(m, "running_var")}
-    changed = {key.rpartition(".")[0] for key in after if not torch.equal(before[key], after[key])}
+    changed = {key.rpartition(".")[0] for key in after if key not in before or not torch.equal(before[key], after[key])}
     assert changed == named | norms
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
 

@@ -64,7 +64,7 @@ def test_a_benchmark_comes_in_by_name_or_lies_in_the_folder(converted, tmp_path)
         ({}, 2, "no normswap.json in it, so normswap did not write this folder"),
         ({"normswap.json": "{"}, 1, "normswap.json: cannot be read (JSONDecodeError"),
         ({"normswap.json": "[]"}, 1, "normswap.json: cannot be read (TypeError"),
-        ({"normswap.json": '{"format": 9}'}, 1, "format 9; this normswap reads format 1"),
+        ({"normswap.json": '{"format": 9}'}, 1, "format 9; this normswap reads formats 1 and 2"),
         ({"normswap.json": '{"format": 1}'}, 1, "normswap.json: no page can be made of it (KeyError: 'report')"),
     ],
 )

@@ -15,7 +15,7 @@ from normswap.surgery.swap import batch_norms
 from ..cli.test_cli import one_object, run
 from ..models import family, images
 
-CHANNEL = normswap.CalibrationOptions(method="channel")
+CHANNEL = normswap.CalibrationOptions(method="channel", bound="none")
 
 
 def swapped(offset: float = 0.0) -> tuple[Swapped, torch.Tensor]:

@@ -87,7 +87,7 @@ def test_the_tables_say_everything():
     text = render(layers_table([LayerFit("head", "reader", 9, reason="too few")]))
     assert text.splitlines()[-1].split() == ["head", "reader", "9", "-", "-", "-", "-", "kept:", "too", "few"]
     text = render(sites_table([SiteFit("norm", 100, 0.9, 0.8, 0.95, 0.7)]))
-    assert text.splitlines()[-1].split() == ["norm", "100", "0.9000", "0.9500", "0.7000", "0.8000"]
+    assert text.splitlines()[-1].split() == ["norm", "100", "0.9000", "0.9500", "0.7000", "0.8000", "none"]
     lines = render(stream_table(_stream(0.25))).splitlines()
     assert "error of the residual stream" in lines[0]
     assert lines[-1].split() == ["blocks.0.mlp.fc2", "50.0", "25.0", "-", "-"]
