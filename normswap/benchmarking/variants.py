@@ -9,7 +9,7 @@ from torch import nn
 
 from ..calibration.calibrate import calibrate
 from ..calibration.options import CalibrationOptions
-from ..layers import TokenAffine
+from ..layers import TokenAffine, TokenBound
 from ..model_utils import pretrained_cfg
 from ..planning.plan import make_plan
 from ..surgery.fold import created_biases, fold_norms
@@ -37,7 +37,7 @@ def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
         images = torch.randn(_IMAGES, *plan.input_size, generator=torch.Generator().manual_seed(0))
     images = images[:_IMAGES].to(next(model.parameters()))
     swapped = swap_norms(model, plan)
-    calibrate(swapped, [images], model, CalibrationOptions(method="moments"))
+    calibrate(swapped, [images], model, CalibrationOptions(method="moments", bound="tight"))
     return fold_norms(swapped.eval(), inplace=True, input_size=plan.input_size)
 
 
@@ -64,12 +64,14 @@ def norm_free(original: nn.Module, fused: nn.Module) -> nn.Module:
 def differences(fused: nn.Module, bound: nn.Module) -> list[str]:
     """Return in words what the fused model computes and the norm-free bound does not."""
     affine = [path for path, module in fused.named_modules() if isinstance(module, TokenAffine)]
+    bounded = [path for path, m in fused.named_modules() if isinstance(m, TokenBound) and m.lower is not None]
     kept = [path for path, module in fused.named_modules() if isinstance(module, nn.LayerNorm)]
     biases = [n for n in created_biases(bound, fused) if n.rpartition(".")[0] not in kept]
     return [
         f"{len(paths)} {what}: {', '.join(paths[:_NAMED])}{', ...' if len(paths) > _NAMED else ''}"
         for paths, what in (
             (affine, "LayerNorms left a scale and shift"),
+            (bounded, "LayerNorms left a bound"),
             (kept, "LayerNorms are kept"),
             (biases, "biases were added by the fold"),
         )

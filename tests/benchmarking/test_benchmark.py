@@ -18,7 +18,7 @@ from normswap.benchmarking.options import ENGINES
 from normswap.benchmarking.results import AGAIN, BOUND, FUSED, ORIGINAL, VARIANTS
 from normswap.benchmarking.variants import differences, norm_free, stand_in
 from normswap.demo import FOLDER, MODEL
-from normswap.layers import TokenAffine
+from normswap.layers import TokenAffine, TokenBound
 
 from ..cli.test_cli import one_object, run
 from ..models import family, images, randomise_statistics
@@ -82,6 +82,13 @@ def test_what_the_bound_does_not_have_is_named(name, plan, words):
     assert differences(fused, norm_free(model, fused)) == [words]
 
 
+def test_bounds_are_named():
+    model = family("vit")
+    fused = stand_in(model)
+    (words,) = differences(fused, norm_free(model, fused))
+    assert words.startswith("5 LayerNorms left a bound: blocks.0.norm1, ")
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "swin_tiny_patch4_window7_224"])
 def test_the_bound_of_an_architecture_that_does_not_take_identity(name):
     small = {} if name.startswith("test") else {"img_size": 64, "embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2)}
@@ -94,7 +101,9 @@ def test_the_bound_of_an_architecture_that_does_not_take_identity(name):
 
 def test_the_stand_in_has_the_operators_of_a_converted_model():
     model = family("no_qkv_bias")
-    fused, real = stand_in(model), fused_of(model)
+    options = normswap.CalibrationOptions(method="channel")
+    fused, real = stand_in(model), normswap.convert(model, [images(model, 40)], calibration=options).model
+    assert any(isinstance(m, TokenBound) for m in fused.modules())
     assert [type(m) for m in fused.modules()] == [type(m) for m in real.modules()]
     assert {n: p.shape for n, p in fused.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
 

@@ -47,8 +47,9 @@ def test_method_reconstruct_and_budget_reach_the_calibration(tmp_path, monkeypat
 
     monkeypatch.setattr("normswap.pipeline.convert.convert", spy)
     words = ("--method", "channel", "--reconstruct", "readers", "--memory-budget", "1.5G", "--refine-steps", 5)
+    words += ("--views", 0.25, "--bound", "wide")
     assert run("convert", *DEMO, "-o", tmp_path / "out", *words).exit_code == 1
-    assert given["calibration"] == normswap.CalibrationOptions("channel", "readers", 5, 3 * 2**29)
+    assert given["calibration"] == normswap.CalibrationOptions("channel", "readers", 5, 3 * 2**29, 0.25, "wide")
     assert run("convert", *DEMO, "-o", tmp_path / "out").exit_code == 1
     assert given["calibration"] == normswap.CalibrationOptions()
 
