@@ -68,7 +68,7 @@ def _calibration_group() -> o.Decorator:
             show_default=True,
             help="clamp each channel where a LayerNorm was to its range in calibration, so that the model holds on "
             "unusual images: to nearly all of the range (wide), to 99 % (tight), per site as images held out allow "
-            "(auto), or not (none)",
+            "(auto; for moments none), or not (none)",
         ),
         option(
             "--memory-budget",

@@ -30,7 +30,8 @@ def main(name: str, data_dir: str, out: str) -> None:
     result.save(out)
 
     # From here on normswap is not needed any more: OUT/README.md has the few lines of TokenBound.
-    norm_layer = partial(normswap.TokenBound, file=f"{out}/bounds.safetensors")
+    bounds = partial(normswap.TokenBound, file=f"{out}/bounds.safetensors")
+    norm_layer = bounds if result.report.bounded else torch.nn.Identity
     fused = timm.create_model(f"local-dir:{out}", pretrained=True, norm_layer=norm_layer).eval()
     batch, _ = next(iter(validation))
     with torch.no_grad():

@@ -117,13 +117,14 @@ class TokenBound(nn.Module):
     """Clamps each channel of tokens `[..., C]` or maps `[B, C, H, W]` to the range that a file has for it.
 
     Takes a norm's place in a converted model. As the ``norm_layer`` of timm it reads its range while timm loads the
-    weights; where the file has none for it, it changes nothing:
+    weights, also of a model inside another one:
 
         partial(TokenBound, file="OUT/bounds.safetensors")
 
     Args:
         args, arguments: a norm's, which are not needed.
-        file: safetensors with ``lower`` and ``upper`` under the path of each module; None: the range is set by hand.
+        file: safetensors with ``lower`` and ``upper`` under the path of each module; a path that is not in it counts as
+            a missing key. None: the range is set by hand.
 
     >>> bound = TokenBound()
     >>> bound.lower, bound.upper = torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 2.0])
@@ -140,14 +141,20 @@ class TokenBound(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.file is not None:
-            with safe_open(self.file, framework="pt") as bounds:
-                if f"{prefix}lower" in set(bounds.keys()):
-                    self.lower, self.upper = (bounds.get_tensor(f"{prefix}{end}") for end in ("lower", "upper"))
-            self.file = None  # read; it need not be there any more
+        if self.file is None:
+            return
+        with safe_open(self.file, framework="pt") as bounds:
+            names = [name for name in list(bounds.keys()) if f".{prefix}lower".endswith(f".{name}")]
+            if names:
+                lower = max(names, key=len)
+                upper = lower.removesuffix("lower") + "upper"
+                self.lower, self.upper = bounds.get_tensor(lower), bounds.get_tensor(upper)
+                self.file = None  # read; it need not be there any more
+            else:
+                rest[2].append(f"{prefix}lower, which {self.file} has not")  # missing keys
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.lower is None else torch.clamp(x, self.lower.to(x.dtype), self.upper.to(x.dtype))
+        return x if self.lower is None else torch.clamp(x, self.lower.to(x), self.upper.to(x))
 
 
 class TokenAffine(TokenBound):

@@ -19,7 +19,7 @@ _IMAGES = 4
 _NAMED = 3
 
 
-def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
+def stand_in(model: nn.Module, images: torch.Tensor | None = None, bound: str = "tight") -> nn.Module:
     """Return a fused model with the operators that `convert` would leave, set from a few images.
 
     Its answers mean nothing, but on images like these it takes the time of a real one.
@@ -27,6 +27,7 @@ def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
     Args:
         model: a timm model with LayerNorms, in eval mode; stays as it is.
         images: `[B, C, H, W]`; default: random ones.
+        bound: "none" for a model without bounds.
 
     Raises:
         NoLayerNormError, ModelRefusedError: see `make_plan`.
@@ -37,7 +38,7 @@ def stand_in(model: nn.Module, images: torch.Tensor | None = None) -> nn.Module:
         images = torch.randn(_IMAGES, *plan.input_size, generator=torch.Generator().manual_seed(0))
     images = images[:_IMAGES].to(next(model.parameters()))
     swapped = swap_norms(model, plan)
-    calibrate(swapped, [images], model, CalibrationOptions(method="moments", bound="tight"))
+    calibrate(swapped, [images], model, CalibrationOptions(method="moments", bound=bound))
     return fold_norms(swapped.eval(), inplace=True, input_size=plan.input_size)
 
 

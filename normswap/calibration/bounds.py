@@ -7,7 +7,6 @@ that and costs little on images like them. It lies between quantiles, as the ran
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +25,9 @@ SHARES = {"tight": 0.99, "wide": 0.9995}
 NONE = BOUNDS[0]
 # A range is taken if, on images held out, it adds at most this share to the squared error of the norm.
 TOLERATED = 0.05
+
+# Tokens at one place in an image are a kind of their own if so many times more of their values lie outside the range.
+OWN_KIND = 5
 
 Range = tuple[torch.Tensor, torch.Tensor]
 
@@ -56,48 +58,57 @@ class Bounds:
         if self.bound == NONE:
             return NONE
         norm, site = self.norms[path], Stop(path)
-        rows = _Rows()
+        rows = _Rows(norm)
         for batch in self.lockstep.visit(converted=writer.stop if writer else site):
             source = batch.converted.steps[batch.converted.at(site)].reads[0]
             x = batch.peek(batch.converted.place(source)) if writer else batch.values[source]
-            tokens, prefix = norm.tokens(x), prefix_rows(x, norm, self.prefix_tokens)
-            (patches,) = drawn(batch.number, ROWS_KEPT, self.lockstep.count, tokens[~prefix])
-            rows.add(held_out(batch.number), patches, tokens[prefix])
-        ranges = rows.ranges()
+            rows.add(batch.number, x, prefix_rows(x, norm, self.prefix_tokens), self.lockstep.count)
         name = self.bound
         if name == AUTO:
-            norm_before: Any = self.original.get_submodule(path)
-            errors = {name: rows.error(norm_before, found) for name, found in {**ranges, NONE: None}.items()}
-            name = chosen(errors)
+            name = rows.choice(self.original.get_submodule(path))  # type: ignore[arg-type]
         if name != NONE:
-            norm.set_bound(*ranges[name])
+            norm.set_bound(*rows.ranges()[name])
         return name
 
 
 class _Rows:
-    """Tokens `[M, C]` that arrive at a norm: of images fitted to and held out, patches and prefix tokens apart."""
+    """Tokens `[M, C]` that arrive at a norm, and where each stands in its image: fitted to and held out apart.
 
-    def __init__(self) -> None:
-        self.parts: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+    Args:
+        norm: the BatchNorm.
+    """
 
-    def add(self, held: bool, patches: torch.Tensor, prefix: torch.Tensor) -> None:
-        """Add those of one batch."""
-        for kind, rows in ((False, patches), (True, prefix)):
-            for both in (True, False):  # so that no kind is missing
-                self.parts.setdefault((both, kind), [rows[:0]])
-            self.parts[held, kind].append(rows)
+    def __init__(self, norm: TokenBatchNorm) -> None:
+        self.norm = norm
+        nothing = norm.running_mean.new_zeros(0, norm.num_features), norm.running_mean.new_zeros(0, dtype=torch.long)
+        self.parts: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {False: [nothing], True: [nothing]}
 
-    def ranges(self) -> dict[str, Range]:
-        """Return the range of each bound."""
-        kinds = [torch.cat(self.parts[False, kind] + self.parts[True, kind]) for kind in (False, True)]
-        return channel_ranges(*kinds)
+    def add(self, number: int, x: torch.Tensor, prefix: torch.Tensor, batches: int) -> None:
+        """Add those of one batch, a part of them if there are plenty; prefix tokens `[M]` have a share of their own."""
+        tokens = self.norm.tokens(x)
+        count = x.shape[1] if x.ndim == 3 and self.norm.channel_dim in (-1, 2) else 1
+        places = torch.arange(len(tokens), device=x.device) % count
+        for kind in (prefix, ~prefix):
+            if kind.any():
+                rows = drawn(number, ROWS_KEPT, batches, tokens[kind], places[kind])
+                self.parts[held_out(number)].append((rows[0], rows[1]))
 
-    def error(self, norm: nn.LayerNorm, bound: Range | None) -> float:
+    def ranges(self, *held: bool) -> dict[str, Range]:
+        """Return the range of each bound; of all tokens, or those of images that are or are not ``held`` out."""
+        parts = [part for key in held or (False, True) for part in self.parts[key]]
+        return channel_ranges(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def choice(self, norm: nn.LayerNorm) -> str:
+        """Return the bound to take, from the ranges of images fitted to and the error on those held out."""
+        candidates: dict[str, Range | None] = {**self.ranges(False), NONE: None}
+        return chosen({name: self._error(norm, found) for name, found in candidates.items()})
+
+    def _error(self, norm: nn.LayerNorm, bound: Range | None) -> float:
         """Return the squared error on images held out of what is fitted, within a bound, to a LayerNorm's output."""
         sums = []
         for held in (False, True):
             moments = JointMoments()
-            for part in torch.cat(self.parts[held, False] + self.parts[held, True]).split(CACHED_ROWS):
+            for part in torch.cat([tokens for tokens, _ in self.parts[held]]).split(CACHED_ROWS):
                 moments.update(part if bound is None else part.clamp(*bound), layer_norm(norm, part))
             moments.reduce()
             sums.append(moments)
@@ -106,27 +117,36 @@ class _Rows:
         return squares(tested, 0, scale, fit.y[0].mean - scale * fit.x.mean)[0]
 
 
-def channel_ranges(patches: torch.Tensor, prefix: torch.Tensor) -> dict[str, Range]:
+def channel_ranges(tokens: torch.Tensor, places: torch.Tensor) -> dict[str, Range]:
     """Return lower and upper end `[C]` of each channel, by the name of the bound, from tightest to widest.
 
-    Class and register tokens are few, and differ from patches by far: each kind has its own quantiles, and the wider
-    range counts.
+    Class and register tokens are few, and differ from patches by far. So tokens at a place whose values lie outside the
+    range of all much more often than others have quantiles of their own, and the wider range counts.
 
     Args:
-        patches, prefix: tokens `[M, C]` of this process, of each kind; one of them may be none.
+        tokens: `[M, C]` of this process.
+        places: `[M]`, where in its image each of them stands.
 
-    >>> ranges = channel_ranges(torch.linspace(-1, 1, 2001)[:, None], torch.zeros(0, 1))
-    >>> [round(float(end), 3) for end in ranges["tight"]]
+    >>> values = torch.linspace(-1, 1, 2001)[:, None]
+    >>> [round(float(end), 3) for end in channel_ranges(values, torch.zeros(2001, dtype=torch.long))["tight"]]
     [-0.99, 0.99]
     """
-    kinds = [rows for rows in map(all_rows, (patches, prefix)) if len(rows)]
-    ordered = [rows.T.contiguous().sort(1).values for rows in kinds]  # [M, C] -> [C, M]
-    found = {}
-    for name, share in SHARES.items():
-        tail = (1 - share) / 2
-        lower = torch.stack([_quantile(values, tail) for values in ordered]).amin(0)
-        found[name] = lower, torch.stack([_quantile(values, 1 - tail) for values in ordered]).amax(0)
+    tokens, places = all_rows(tokens), all_rows(places[:, None])[:, 0]
+    found = _quantiles(tokens)
+    lower, upper = found["tight"]
+    outside = ((tokens < lower) | (tokens > upper)).double().mean(1)
+    counts = torch.bincount(places).clamp(min=1)
+    often = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, places, outside) / counts
+    for place in (often > OWN_KIND * (1 - SHARES["tight"])).nonzero()[:, 0]:
+        for name, (low, high) in _quantiles(tokens[places == place]).items():
+            found[name] = torch.minimum(found[name][0], low), torch.maximum(found[name][1], high)
     return found
+
+
+def _quantiles(tokens: torch.Tensor) -> dict[str, Range]:
+    ordered = tokens.T.contiguous().sort(1).values  # [M, C] -> [C, M]
+    tails = {name: (1 - share) / 2 for name, share in SHARES.items()}
+    return {name: (_quantile(ordered, tail), _quantile(ordered, 1 - tail)) for name, tail in tails.items()}
 
 
 def _quantile(ordered: torch.Tensor, share: float) -> torch.Tensor:
@@ -146,5 +166,7 @@ def chosen(errors: Mapping[str, float]) -> str:
     >>> chosen({"tight": 1.2, "wide": 1.001, "none": 1.0})
     'wide'
     """
+    if not errors[NONE] > 0:  # nothing was held out
+        return NONE
     limit = (1 + TOLERATED) * errors[NONE]
     return next((name for name, error in errors.items() if error <= limit), NONE)

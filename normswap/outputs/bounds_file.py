@@ -27,33 +27,44 @@ def bounds_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: end.detach().cpu().contiguous() for name, end in ends.items() if end is not None}
 
 
-def write_bounds(path: Path, model: nn.Module) -> bool:
-    """Write the bounds of a model, if it has any, and return whether it has."""
-    bounds = bounds_of(model)
-    if bounds:
-        try:
-            save_file(bounds, path, metadata={"format": "pt"})
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise OSError(f"bounds: {error}") from error
-    return bool(bounds)
+def write_bounds(path: Path, model: nn.Module, edits: dict[str, Any]) -> bool:
+    """Write the bounds of a model, if it has any, and return whether it has.
+
+    Places without a bound get an infinite one, so that a file that does not belong to a model can be told.
+    """
+    if not edits["bound"]:
+        return False
+    try:
+        save_file(_open_ends(edits) | bounds_of(model), path, metadata={"format": "pt"})
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise OSError(f"bounds: {error}") from error
+    return True
 
 
 def read_bounds(folder: Path, model: nn.Module, edits: dict[str, Any]) -> None:
     """Give a model with the edits of an output folder, in place, the bounds that lie there.
 
     Raises:
-        CheckpointError: the file cannot be read, or has bounds for other modules.
+        CheckpointError: the file cannot be read, or has bounds for other modules or of other shapes.
     """
-    paths = edits.get("bound", [])
-    if not paths:
+    shapes = edits.get("bound", {})
+    if not shapes:
         return
     try:
         bounds = load_file(folder / BOUNDS)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / BOUNDS}: cannot be read ({error}): truncated?") from error
-    wanted = {f"{path}.{end}": bounds.get(f"{path}.{end}", torch.zeros(0)) for path in paths for end in _ENDS}
-    check_keys(str(folder / BOUNDS), wanted, bounds)
+    wanted = {f"{path}.{end}": torch.empty(shape) for path, shape in shapes.items() for end in _ENDS}
+    check_keys(str(folder / BOUNDS), _open_ends(edits) | wanted, bounds)
     like = next(model.parameters())
-    for name, end in bounds.items():
+    for name in wanted:
         path, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, end.to(like))
+        setattr(model.get_submodule(path), attribute, bounds[name].to(like))
+
+
+def _open_ends(edits: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{end}": torch.tensor(size * torch.inf)
+        for path in [*edits["identity"], *edits["affine"]]
+        for end, size in zip(_ENDS, (-1, 1), strict=True)
+    }

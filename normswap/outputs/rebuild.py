@@ -191,7 +191,7 @@ def model_arguments(model: nn.Module) -> dict[str, Any]:
 
 def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
     """Return what has to be done to timm's architecture so that the fused weights fit, as plain JSON types."""
-    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "bound": [], "biases": [], "buffers": []}
+    edits: dict[str, Any] = {"identity": [], "affine": {}, "keep": {}, "bound": {}, "biases": [], "buffers": []}
     for path, module in original.named_modules():
         now = find_module(fused, path)  # None inside a norm that is gone
         if isinstance(module, nn.LayerNorm):
@@ -202,7 +202,7 @@ def describe_edits(original: nn.Module, fused: nn.Module) -> dict[str, Any]:
             else:
                 edits["identity"].append(path)
             if isinstance(now, TokenBound | TokenBatchNorm) and now.lower is not None:
-                edits["bound"].append(path)
+                edits["bound"][path] = list(now.lower.shape)
         elif getattr(module, "bias", 0) is None and getattr(now, "bias", None) is not None:
             edits["biases"].append(path)
         for name in sorted(module._non_persistent_buffers_set):

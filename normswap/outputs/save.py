@@ -27,7 +27,7 @@ from ..records.report import LOAD_WITH, ConversionReport
 from ..reporting.html_report import can_render, check_extra, render_page
 from ..reporting.model_card import model_card
 from ..surgery.fold import difference
-from .bounds_file import BOUNDS, read_bounds, write_bounds
+from .bounds_file import BOUNDS, bounds_of, read_bounds, write_bounds
 from .options import SaveOptions
 from .rebuild import apply_edits, as_recorded, innermost_model, model_arguments
 
@@ -88,7 +88,7 @@ def save_folder(out: str | Path, finished: Finished, options: SaveOptions | None
         if finished.problem is None:
             write_config(folder / CONFIG, model, extra, options.data_config)
         write_weights(folder / WEIGHTS, model)
-        report.bounded = write_bounds(folder / BOUNDS, model)
+        report.bounded = write_bounds(folder / BOUNDS, model, finished.edits)
         loaded = None
         if report.stock_timm is None:
             loaded, report.stock_timm = _load_with_timm(folder)
@@ -138,7 +138,7 @@ def load(path: str | Path) -> nn.Module:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     result.save(f"{folder}/out")
     ...     type(load(f"{folder}/out").norm).__name__
-    'TokenBound'
+    'Identity'
     """
     path = Path(path)
     model = build(path)
@@ -375,7 +375,9 @@ def _prove_weights(out: Path, folder: Path, finished: Finished) -> None:
     if finished.base is not None:
         apply_edits(shadow := copy.deepcopy(finished.base), finished.edits)
         check_keys(str(out / WEIGHTS), shadow.state_dict(), state)
-    if not _equal(finished.model.state_dict(), state):
+    bounds = bounds_of(finished.model)
+    found = load_file(folder / BOUNDS) if bounds else {}
+    if not _equal(finished.model.state_dict(), state) or not _equal(bounds, {name: found[name] for name in bounds}):
         raise CheckFailedError(f"{out}: read back, its weights differ: not saved")
 
 

@@ -141,9 +141,9 @@ def load_swapped(path: str | Path, model: nn.Module | None = None) -> Swapped:
 def describe_swapped(original: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Return what `rebuild_swapped` needs beyond the weights, as plain JSON types."""
     found = describe_edits(original, model)
-    edits = found | {"identity": [], "affine": {}, "keep": {}, "bound": []}
+    edits = found | {"identity": [], "affine": {}, "keep": {}, "bound": {}}
     eps = {path: module.eps for path, module in model.named_modules() if isinstance(module, _WITH_EPS)}
-    return {"eps": eps, "edits": edits, "bound": found["bound"]}
+    return {"eps": eps, "edits": edits, "bound": list(found["bound"])}
 
 
 def rebuild_swapped(model: nn.Module, record: dict[str, Any]) -> nn.Module:

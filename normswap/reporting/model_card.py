@@ -116,7 +116,7 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
     fit, bounds = fit_line(report.fits), bounds_line(report.fits)
     stock = _BOUNDED if report.bounded else _STOCK
     text = stock if report.stock_timm is None else _INTO if report.load_with == LOAD_WITH[2] else _OWN
-    load = text.format(reason=report.stock_timm, kind=kind, source=inspect.getsource(TokenBound).strip())
+    load = text.format(reason=report.stock_timm, kind=kind, source=_source() if text is _BOUNDED else "")
     lines = [
         "---",
         metadata(config).to_yaml(),
@@ -152,6 +152,14 @@ def model_card(report: ConversionReport, config: Mapping[str, Any], page: bool =
         "",
     ]
     return "\n".join(lines)
+
+
+def _source() -> str:
+    """Return the lines of `TokenBound`, or those that import it where no source is at hand."""
+    try:
+        return inspect.getsource(TokenBound).strip()
+    except OSError:
+        return "from normswap import TokenBound"
 
 
 def _short(model: str) -> str:

@@ -7,16 +7,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import normswap
-from normswap.calibration.bounds import NONE, SHARES, channel_ranges, chosen
+from normswap.calibration.bounds import NONE, SHARES, _Rows, channel_ranges, chosen
 from normswap.demo import FOLDER, MODEL
 from normswap.evaluation.corruptions import CORRUPTIONS
 from normswap.inputs.normalisation import Normalisation
+from normswap.layers import TokenBatchNorm
 from normswap.surgery.fold import max_difference
 from normswap.surgery.swap import batch_norms
 
 from ..models import family, images
 
-NOTHING = torch.zeros(0, 3)
+
+def _ranges(tokens: torch.Tensor, places: torch.Tensor | None = None) -> dict:
+    return channel_ranges(tokens, torch.zeros(len(tokens), dtype=torch.long) if places is None else places)
 
 
 def _options(bound: str, **more) -> normswap.CalibrationOptions:
@@ -32,24 +35,73 @@ def _calibrated(model: nn.Module, x: torch.Tensor, bound: str) -> tuple[nn.Modul
 @given(rows=st.integers(1, 300), seed=st.integers(0, 1000))
 def test_ranges_are_torchs_quantiles(rows, seed):
     x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(seed)).double()
-    for name, (lower, upper) in channel_ranges(x, NOTHING.double()).items():
+    for name, (lower, upper) in _ranges(x).items():
         tail = (1 - SHARES[name]) / 2
         torch.testing.assert_close(lower, x.quantile(tail, 0))
         torch.testing.assert_close(upper, x.quantile(1 - tail, 0))
 
 
-def test_the_wider_kind_of_token_counts():
-    patches, prefix = torch.randn(5000, 3), 20 + torch.randn(100, 3)
-    alone = {kind: channel_ranges(rows, NOTHING) for kind, rows in (("patches", patches), ("prefix", prefix))}
-    for name, (lower, upper) in channel_ranges(patches, prefix).items():
-        assert torch.equal(lower, alone["patches"][name][0])
-        assert torch.equal(upper, alone["prefix"][name][1])
+def test_a_place_unlike_the_others_has_quantiles_of_its_own():
+    patches, prefix = torch.randn(20_000, 3), 20 + torch.randn(50, 3)
+    tokens, places = torch.cat([patches, prefix]), torch.cat([1 + torch.arange(20_000) % 400, torch.zeros(50).long()])
+    for name, (lower, upper) in _ranges(tokens, places).items():
+        assert torch.equal(lower, _ranges(tokens)[name][0])
+        assert torch.equal(upper, _ranges(prefix)[name][1])
     # Together the few prefix tokens would be cut off.
-    assert (channel_ranges(torch.cat([patches, prefix]), NOTHING)["tight"][1] < upper).all()
+    assert (_ranges(tokens)["tight"][1] < 5).all()
+    assert _ranges(patches, places[:-50])["tight"][1].equal(_ranges(patches)["tight"][1])
+
+
+class _Around(nn.Module):
+    """A model of one's own around timm's, which does not say how many prefix tokens there are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_the_class_token_is_found_where_nobody_tells_of_it():
+    model = family("vit")
+    with torch.no_grad():
+        model.cls_token.mul_(6)
+        model.pos_embed[:, 0].mul_(6)
+    x = images(model, 200)
+    bare, _ = _calibrated(model, x, "tight")
+    swapped = normswap.swap_norms(_Around(model), normswap.make_plan(_Around(model), input_size=(3, 32, 32)))
+    normswap.calibrate(swapped, [x], _Around(model), _options("tight"))
+    for norm in (bare.get_submodule("blocks.0.norm1"), swapped.get_submodule("inner.blocks.0.norm1")):
+        seen: list[torch.Tensor] = []
+        norm.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(inputs[0]))
+        with torch.no_grad():
+            (bare if norm is bare.get_submodule("blocks.0.norm1") else swapped).eval()(x)
+        class_token = seen[0][:, 0]
+        assert ((class_token < norm.lower) | (class_token > norm.upper)).double().mean() < 0.05
+
+
+def test_the_choice_is_made_on_images_held_out():
+    """Few tokens, many channels: a range of those fitted to cuts off what the others have."""
+    norm, layer_norm = TokenBatchNorm(384), nn.LayerNorm(384)
+    rows, torch_rows = _Rows(norm), torch.randn(40, 384)
+    for number, part in enumerate(torch_rows.split(8)):
+        rows.add(number, part, torch.zeros(8, dtype=torch.bool), 5)
+    assert rows.choice(layer_norm) == NONE
+    plenty = _Rows(norm)
+    for number, part in enumerate((torch.randn(20_000, 384) * (0.5 + torch.rand(20_000, 1))).split(4000)):
+        plenty.add(number, part, torch.zeros(4000, dtype=torch.bool), 5)
+    assert plenty.choice(layer_norm) == "tight"
+
+
+def test_without_images_held_out_nothing_is_bounded():
+    model = family("vit")
+    _, found = _calibrated(model, images(model, 4), "auto")
+    assert set(found.values()) == {NONE}
 
 
 def test_names_go_from_tight_to_wide():
-    (tight, wide) = channel_ranges(torch.randn(5000, 3), NOTHING).values()
+    (tight, wide) = _ranges(torch.randn(5000, 3)).values()
     assert (wide[0] < tight[0]).all()
     assert (tight[1] < wide[1]).all()
 

@@ -80,6 +80,23 @@ def test_the_card_has_all_that_is_needed(made, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), _answers(result.model, x), rtol=1e-5, atol=1e-5)
 
 
+def test_inside_another_model_they_are_found_too(made):
+    _, out, _ = made
+    norm = TokenBound(file=str(out / BOUNDS))
+    wrapper = nn.ModuleDict({"backbone": nn.ModuleDict({"norm_pre": norm})})
+    wrapper.load_state_dict({})
+    assert torch.equal(norm.lower, load_file(out / BOUNDS)["norm_pre.lower"])
+
+
+def test_a_file_of_another_model_is_a_missing_key(made, tmp_path):
+    _, out, _ = made
+    save_file({"zzz.lower": torch.zeros(3), "zzz.upper": torch.zeros(3)}, tmp_path / BOUNDS)
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm_pre\.lower, which .*bounds\.safetensors has not"):
+        timm.create_model(
+            f"local-dir:{out}", pretrained=True, norm_layer=partial(TokenBound, file=str(tmp_path / BOUNDS))
+        )
+
+
 def test_without_bounds_the_folder_is_as_it_always_was(tmp_path):
     result = _converted(family("vit"), "none")
     result.save(tmp_path / "out")
@@ -134,6 +151,10 @@ def test_a_file_that_does_not_fit_is_refused(made, tmp_path):
         normswap.load(tmp_path / "out")
     file.write_bytes((out / BOUNDS).read_bytes()[:50])
     with pytest.raises(CheckpointError, match=r"bounds\.safetensors: cannot be read"):
+        normswap.load(tmp_path / "out")
+    narrow = {name: tensor[:7] if name == "norm_pre.lower" else tensor for name, tensor in bounds.items()}
+    save_file(narrow, file)
+    with pytest.raises(CheckpointError, match=r"norm_pre\.lower"):
         normswap.load(tmp_path / "out")
     gone = next(iter(bounds))
     save_file({name: tensor for name, tensor in bounds.items() if name != gone}, file)

@@ -129,7 +129,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
     elif damage == "missing key":
         record.write_text(record.read_text().replace('"blocks.0.norm1",', "", 1))
     elif damage == "format":
-        record.write_text(record.read_text().replace('"format": 2', '"format": 99'))
+        record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
     else:
         config.write_text("{")
     with pytest.raises(CheckpointError):
