@@ -70,7 +70,6 @@ def test_fold_in_float64(results):
 
 
 def test_the_saved_folder_is_stock(results, shared_model, tmp_path):
-
     _, batches, _, _ = results
     model = normswap.load_model(shared_model)
     result = normswap.convert(model, batches[:2])
