@@ -16,9 +16,11 @@ from normswap.calibration.options import METHODS
 from ..models import family, images
 
 
-def _calibrated(model: nn.Module, batches, method: str = "channel", ffn_bn: str = "pre-act") -> nn.Module:
+def _calibrated(
+    model: nn.Module, batches, method: str = "channel", ffn_bn: str = "pre-act", bound: str = "auto"
+) -> nn.Module:
     swapped = swap_norms(model, ffn_bn=ffn_bn)  # type: ignore[arg-type]
-    calibrate(swapped, batches, original=model, options=CalibrationOptions(method=method))
+    calibrate(swapped, batches, original=model, options=CalibrationOptions(method=method, bound=bound))
     return swapped
 
 
@@ -36,7 +38,7 @@ def test_channel_is_least_squares_on_the_converted_models_own_input(path):
     """Against numpy's least squares, on what hooks see in the finished models: the sites before it are set."""
     model = family("vit", torch.float64)
     x = images(model, 12)
-    swapped = _calibrated(model, [x])
+    swapped = _calibrated(model, [x], bound="tight")
     tokens = _input_of(swapped, path, x).reshape(-1, 48)  # [B, N, C] -> [M, C]
     layer_norm = model.get_submodule(path)
     original = layer_norm(_input_of(model, path, x)).reshape(-1, 48)
