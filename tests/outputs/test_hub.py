@@ -17,6 +17,9 @@ from ..cli.test_cli import one_object, run
 from ..models import family, images, with_timm
 
 
+FILES = ["README.md", "bounds.safetensors", "config.json", "model.safetensors", "normswap.json", "report.html"]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One folder that plain timm loads, one in which a LayerNorm stays."""
@@ -106,14 +109,7 @@ def test_dry_run(folders, no_hub):
     assert result.exit_code == 0, result.stderr
     record = one_object(result)
     files = {entry["path"]: entry["bytes"] for entry in record["files"]}
-    assert list(files) == [
-        "README.md",
-        "bounds.safetensors",
-        "config.json",
-        "model.safetensors",
-        "normswap.json",
-        "report.html",
-    ]
+    assert list(files) == FILES
     for name in set(files) - {"README.md"}:
         assert files[name] == (folders / "whole" / name).stat().st_size
     assert (record["repo_id"], record["private"], record["dry_run"], record["url"]) == ("user/model", True, True, None)
@@ -177,14 +173,7 @@ def test_one_commit_with_everything(folders, hub, tmp_path):
     result = run("push", folders / "whole", "user/model", "--revision", "v2", "--private", "--message", "Ship it")
     assert result.exit_code == 0, result.stderr
     assert "/user/model/commit/1" in result.stderr.splitlines()[-1]
-    assert set(hub.committed) == {
-        "README.md",
-        "bounds.safetensors",
-        "config.json",
-        "model.safetensors",
-        "normswap.json",
-        "report.html",
-    }
+    assert sorted(hub.committed) == FILES
     paths = [path for path, *_ in hub.requests]
     assert paths[0] == "/api/repos/create"
     made = json.loads(hub.requests[0][2])
