@@ -16,7 +16,6 @@ from normswap.outputs.hub import prepare, push
 from ..cli.test_cli import one_object, run
 from ..models import family, images, with_timm
 
-
 FILES = ["README.md", "bounds.safetensors", "config.json", "model.safetensors", "normswap.json", "report.html"]
 
 
@@ -29,7 +28,7 @@ def folders(tmp_path_factory):
         normswap.convert(
             model,
             [images(model, 8)],
-            calibration=normswap.CalibrationOptions(method="channel"),
+            calibration=normswap.CalibrationOptions(method="channel", bound="tight"),
             plan=normswap.make_plan(model, keep=keep),
         ).save(root / name)
     return root

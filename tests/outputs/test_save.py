@@ -18,7 +18,7 @@ from normswap.surgery.fold import Difference
 from ..models import FAMILY, family, images, with_timm
 
 # How near the result comes to the original is tested elsewhere.
-QUICK = normswap.CalibrationOptions(method="channel")
+QUICK = normswap.CalibrationOptions(method="channel", bound="tight")
 
 _ALL = [name for name in FAMILY if FAMILY[name][0] != "test_vit"]
 # timm cannot be told of these in JSON, or has nowhere to put what is left.
@@ -129,7 +129,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
     elif damage == "missing key":
         record.write_text(record.read_text().replace('"blocks.0.norm1",', "", 1))
     elif damage == "format":
-        record.write_text(record.read_text().replace('"format": 1', '"format": 99'))
+        record.write_text(record.read_text().replace('"format": 2', '"format": 99'))
     else:
         config.write_text("{")
     with pytest.raises(CheckpointError):
