@@ -63,7 +63,7 @@ def finetune_swapped(
         ArgumentError, CheckpointError, OutputError, CalibrationError, MissingExtraError: see `normswap.finetune`.
 
     >>> model, images = timm.create_model("test_vit").eval(), [torch.randn(20, 3, 160, 160)]
-    >>> options = normswap.CalibrationOptions(method="channel")
+    >>> options = normswap.CalibrationOptions(method="channel", bound="tight")
     >>> result = normswap.convert(model, images, calibration=options)
     >>> swapped = Swapped(result.swapped, model, result.plan, result.report)
     >>> finetune_swapped(swapped, model, images, FinetuneOptions(batch_size=6))

@@ -101,7 +101,7 @@ def test_the_bound_of_an_architecture_that_does_not_take_identity(name):
 
 def test_the_stand_in_has_the_operators_of_a_converted_model():
     model = family("no_qkv_bias")
-    options = normswap.CalibrationOptions(method="channel")
+    options = normswap.CalibrationOptions(method="channel", bound="tight")
     fused, real = stand_in(model), normswap.convert(model, [images(model, 40)], calibration=options).model
     assert any(isinstance(m, TokenBound) for m in fused.modules())
     assert [type(m) for m in fused.modules()] == [type(m) for m in real.modules()]
