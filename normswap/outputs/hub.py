@@ -164,11 +164,11 @@ def _clear_errors(repo_id: str) -> Iterator[None]:
 def _from_hub(text: str, repo_id: str, revision: str | None) -> str:
     """Put the repository in the place of the folder in the lines that load the model."""
     at = "" if revision is None else f"@{revision}"
-    where = f'"{repo_id}"' + ("" if revision is None else f', revision="{revision}"')
+    revised = "" if revision is None else f', revision="{revision}"'
+    where = f'"{repo_id}"{revised}'
     text = text.replace('"local-dir:PATH"', f'"hf-hub:{repo_id}{at}"')
-    bounds = f'hf_hub_download("{repo_id}", "{BOUNDS}"' + where.removeprefix(f'"{repo_id}"') + ")"
     if f'"PATH/{BOUNDS}"' in text:
-        text = text.replace(f'"PATH/{BOUNDS}"', bounds)
+        text = text.replace(f'"PATH/{BOUNDS}"', f'hf_hub_download("{repo_id}", "{BOUNDS}"{revised})')
         text = text.replace(
             "from safetensors import", "from huggingface_hub import hf_hub_download\nfrom safetensors import"
         )
