@@ -3,8 +3,8 @@
     python benchmarks/robustness.py -m local-dir:../shared/models/vits14_cifar10 --data-dir ../shared/data/cifar10
 
 Each row is written to the output file as soon as it is known, so a run that is stopped keeps what it measured, and one
-that is started again goes on. With ``--without FAMILY`` calibration sees no corruption of that family (noise, blur,
-tone), and only that family is tested.
+that is started again goes on. With ``--without FAMILY`` calibration sees no corruption of that family, and only
+that family is tested.
 """
 
 import json
@@ -23,7 +23,7 @@ from calibration import plain_pass
 import normswap
 from normswap.calibration.options import AUTO, BOUNDS
 from normswap.calibration.views import viewed
-from normswap.evaluation.corruptions import without
+from normswap.evaluation.corruptions import FAMILIES, without
 from normswap.evaluation.stress import STRESS
 from normswap.inputs.batches import BATCH_SIZE, ImageBatches
 from normswap.inputs.dataset import load_splits
@@ -112,7 +112,7 @@ def table(rows: list[dict]) -> str:
 @click.option("--seed", "seeds", multiple=True, type=int, default=(42, 0, 1))
 @click.option("--bound", "bounds", multiple=True, type=click.Choice([AUTO, *BOUNDS]), default=(AUTO,))
 @click.option("--views", multiple=True, type=float, default=(0.5,))
-@click.option("--without", "families", multiple=True, type=click.Choice(["noise", "blur", "tone"]))
+@click.option("--without", "families", multiple=True, type=click.Choice(FAMILIES[:-1]))
 @click.option("--evaluate", "evaluated", default=5000, show_default=True, help="clean validation images")
 @click.option("--stress", default=200, show_default=True, help="validation images of each stress row")
 @click.option("--fp16", default=0.0, show_default=True, help="share of them that run in half precision, too")

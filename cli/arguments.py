@@ -112,6 +112,7 @@ def finetuning(options: dict[str, Any]) -> Any:
         stem=options["train_stem"],
         hflip=options["hflip"],
         scale=options["scale"],
+        views=options["finetune_views"],
         fade=options["fade"],
         fade_order=options["fade_order"],
         ema=options["model_ema_decay"],

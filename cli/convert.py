@@ -58,7 +58,7 @@ def _calibration_group() -> o.Decorator:
             "--views",
             type=click.FloatRange(0, 1),
             metavar="X",
-            help="share of the calibration images to corrupt at random, so that the model holds on unusual images  "
+            help="corrupted copies to add for each calibration image, so that the model holds on unusual images  "
             f"[{SHARE:g} for {METHODS[0]}, else 0]",
         ),
         option(

@@ -34,6 +34,13 @@ def finetune_group(
         *_optimiser_options(),
         *_loss_options(),
         *_training_options(),
+        o.numbers(
+            f"--{prefix}views",
+            "finetune_views",
+            type=click.FloatRange(0, 1),
+            metavar="X",
+            help="augmentation: share of the images that carry a random corruption  [0.5]",
+        ),
         option("--train-amp", is_flag=True, help="train in bfloat16 mixed precision"),
         option(
             f"--{prefix}state",

@@ -7,7 +7,7 @@ from ..errors import ArgumentError
 METHODS = ("reconstruct", "channel", "moments")
 RECONSTRUCT = ("all", "readers")
 BOUNDS = ("none", "wide", "tight")
-SHARE = 0.5  # of the calibration images that are corrupted, where nothing is said about it
+SHARE = 0.5  # corrupted copies for each calibration image, where nothing is said about it
 AUTO = "auto"  # one of the bounds for each norm
 
 
@@ -20,15 +20,15 @@ class CalibrationOptions:
             "channel" does the first only, "moments" takes mean and variance and keeps LayerNorm's weight and bias.
         reconstruct: "all" re-solves the layers that read a norm and those that write to the residual stream,
             "readers" the first only. Other methods do not look at it.
-        refine_steps: gradient steps, of 32 images each, for what every attention reads, where writers are re-solved
-            too; 0 for none. Default: one on every batch that is fitted to, but at least 28. More of them bring the
-            outputs nearer to the original's and cost time, see docs/calibration.md.
+        refine_steps: gradient steps, of 32 images each and their views, for what every attention reads, where writers
+            are re-solved too; 0 for none. Default: one on every batch that is fitted to, but at least 28. More of them
+            bring the outputs nearer to the original's and cost time, see docs/calibration.md.
         memory_budget: bytes that activations at rest may take in memory, the rest goes to disk; default: half of
             what is free. On a GPU as many may stay there, up to half of what is free there.
-        views: share of the calibration images that carry one random corruption (noise, blur, brightness, contrast, salt
-            and pepper), 0 to 1. It makes the converted model hold on images unlike the calibration images, see
-            docs/robustness.md. Default: half of them for "reconstruct", if there are 100 and they are pixels in 0..1
-            once their normalisation is undone; else none.
+        views: so many copies of each calibration image are added, 0 to 1, each with one random corruption (noise, blur,
+            brightness, contrast and so on). They make the converted model hold on images unlike the calibration images,
+            see docs/robustness.md. Default: 0.5 for "reconstruct", if there are 100 images and they are pixels in 0..1
+            once their normalisation is undone; else 0.
         bound: what a channel may be where a LayerNorm was: "tight" is the range of 99 % of its values on the
             calibration images, class and patch tokens apart, "wide" that of 99.95 %, "none" anything. "auto" is, for
             each norm, the tightest that hardly adds to its error on images held out, and "none" for "moments".
@@ -66,7 +66,7 @@ class CalibrationOptions:
         if self.bound not in (AUTO, *BOUNDS):
             raise ArgumentError(f"`bound` must be one of {', '.join((AUTO, *BOUNDS))}, not {self.bound!r}")
         if self.views is not None and not 0 <= self.views <= 1:
-            raise ArgumentError(f"`views` must be a share of the images from 0 to 1, not {self.views}")
+            raise ArgumentError(f"`views` must be a number of copies per image from 0 to 1, not {self.views}")
 
     @property
     def effective_bound(self) -> str:

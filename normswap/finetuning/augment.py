@@ -5,10 +5,19 @@ Distillation on few images overfits to them; views that student and teacher shar
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from ..calibration.options import SHARE
+from ..evaluation.corruptions import random_views
+from ..inputs.normalisation import Normalisation, NormalisationError
+
+_READ = 256  # images whose pixels are looked at together
 _MOST_STRETCHED = 1.1  # width over height of a crop, or height over width
 
 
@@ -58,3 +67,47 @@ def cropped(x: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # [B, 2, 3] -> [B, H, W, 2]
     # Beyond the crop lies the rest of the image, and beyond the image its border: no resize looks further either.
     return F.grid_sample(wide, grid, mode="bilinear", padding_mode="border", align_corners=False).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Puts a random corruption on a share of the images, for student and teacher alike.
+
+    Attributes:
+        share: how likely an image is corrupted.
+        normalisation: leads back to pixels; None where nobody knows it, and nothing is corrupted.
+    """
+
+    share: float
+    normalisation: Normalisation | None
+
+    @classmethod
+    def of(cls, share: float | None, images: Iterable[Any], pixels: torch.Tensor, model: nn.Module) -> "Corrupted":
+        """Return what the option says, or half of the images if it says nothing and they are pixels.
+
+        Args:
+            share: as it was asked for.
+            images: as they were given.
+            pixels: the same in one tensor `[M, C, H, W]`.
+            model: whose config may say how they were normalised.
+
+        Raises:
+            NormalisationError: a share is asked for, and the images are no pixels in 0..1 without their normalisation.
+        """
+        if share == 0:
+            return cls(0.0, None)
+        try:
+            normalisation = Normalisation.of(images, model)
+            for part in pixels.split(_READ):
+                normalisation.pixels(part)
+        except NormalisationError:
+            if share is not None:
+                raise
+            return cls(0.0, None)
+        return cls(SHARE if share is None else share, normalisation)
+
+    def __call__(self, x: torch.Tensor, seed: int) -> torch.Tensor:
+        """Return normalised images `[B, C, H, W]`, some of them corrupted; the same for the same seed."""
+        if self.normalisation is None:
+            return x
+        return self.normalisation.images(random_views(self.normalisation.pixels(x), seed, share=self.share)).to(x)

@@ -23,6 +23,7 @@ from ..model_utils import eval_mode
 from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
 from ..records.report import Finetuning
+from .augment import Corrupted
 from .holdout import held_out_of
 from .options import FinetuneOptions, Resume, goes_on
 from .run_state import TrainingState
@@ -91,7 +92,8 @@ def finetune(
     held = None if held_out is None else gather(held_out, weight)[0]
     if held is not None and held.shape[1:] != pixels.shape[1:]:
         raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
-    run = Run(swapped, original, options, pixels, labels, held)
+    corrupted = Corrupted.of(options.views, images, pixels, original)
+    run = Run(swapped, original, options, pixels, labels, held, corrupted)
     if kept is not None:
         kept.fingerprint = run.fingerprint()
         before = kept.load() if resumed else None

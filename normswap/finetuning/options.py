@@ -39,6 +39,9 @@ class FinetuneOptions:
             for every weight, as Adam makes them, add up there: it is the sharpest place of the model.
         hflip: how likely a training image is mirrored, for teacher and student alike.
         scale: least share of a training image's area that a random crop keeps; 1 for no crops.
+        views: share of the training images that carry one random corruption in a step (noise, blur, contrast and so
+            on), another one in every epoch, 0 to 1. They keep what the views of the calibration gave, see
+            docs/robustness.md. Default: half of them, if they are pixels in 0..1 once their normalisation is undone.
         fade: share of the run over which each LayerNorm is blended into its BatchNorm; 0 for none, see `normswap.fade`.
         fade_order: "all", "blockwise" or "mlp-first".
         ema: decay of an exponential moving average of the weights, which is then the result; None for none.
@@ -63,6 +66,7 @@ class FinetuneOptions:
     stem: bool = False
     hflip: float = 0.0
     scale: float = 1.0
+    views: float | None = None
     fade: float = 0.0
     fade_order: str = "all"
     ema: float | None = None
@@ -92,6 +96,8 @@ class FinetuneOptions:
             raise ArgumentError("`kl`, `features` and `labels` are all 0: there is nothing to train for")
         if not 0 <= self.hflip <= 1 or not 0 < self.scale <= 1:
             raise ArgumentError("`hflip` must be a probability, `scale` a share of an image's area from above 0 to 1")
+        if self.views is not None and not 0 <= self.views <= 1:
+            raise ArgumentError(f"`views` must be a share of the images from 0 to 1, not {self.views}")
         if not 0 <= self.warmup < 1 or not 0 < self.momentum <= 1 or not (self.ema is None or 0 < self.ema < 1):
             raise ArgumentError("`warmup` must be from 0 to below 1, `momentum` above 0 to 1, `ema` between 0 and 1")
         self._check_optimizer()

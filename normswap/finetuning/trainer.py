@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..model_utils import eval_mode, find_module, has_classes
 from ..progress import Progress
 from ..records.report import Finetuning
 from ..surgery.swap import batch_norms
-from .augment import views
+from .augment import Corrupted, views
 from .batch_norm_statistics import estimate_statistics
 from .holdout import held_out_of
 from .losses import distance, gain_of, hints, taps
@@ -58,7 +58,10 @@ class Run:
         pixels: torch.Tensor,
         labels: torch.Tensor | None,
         held_out: torch.Tensor | None = None,
+        corrupted: Corrupted | None = None,
     ) -> None:
+        self.corrupted = corrupted or Corrupted(0.0, None)
+        options = replace(options, views=self.corrupted.share)  # what is written down is what was done
         self.student, self.teacher, self.options = swapped, original, options
         self.pixels, self.labels = pixels, labels
         self.norms = batch_norms(swapped)
@@ -237,7 +240,7 @@ class Run:
     def _loss(self, index: torch.Tensor) -> torch.Tensor:
         o = self.options
         seed = (o.seed * 1_000_003 + self.step) * 4_099 + int(index[0])  # another view in every epoch
-        x = views(self.pixels[index], o.hflip, o.scale, seed % 2**63)
+        x = self.corrupted(views(self.pixels[index], o.hflip, o.scale, seed % 2**63), seed)
         device = x.device.type
         cast = torch.autocast(device, o.amp_dtype or torch.bfloat16, enabled=o.amp_dtype is not None)
         with cast, taps(self.teacher, self.sites) as wanted, torch.no_grad():

@@ -131,10 +131,11 @@ class ImageBatches(Sequence[torch.Tensor]):
         return cls(images, like)
 
     def mapped(self, change: Callable[[torch.Tensor, int], torch.Tensor]) -> "ImageBatches":
-        """Return batches in the same order of what ``change`` makes of each, given the place of its first image."""
+        """Return batches of what ``change`` makes of each, given the place of its first image; they may grow."""
         result = copy.copy(self)
         starts = itertools.accumulate(map(len, self._batches), initial=0)
         result._batches = [change(batch, start) for batch, start in zip(self._batches, starts, strict=False)]
+        result.image_count = sum(map(len, result._batches))
         return result
 
     @property

@@ -79,7 +79,7 @@ class Work:
         original: the model in eval mode.
         plan: what becomes of each LayerNorm; the search may keep some more.
         batches: calibration images, in the dtype and on the device of the model.
-        viewed, views: the same, some of them corrupted, and the share of those: what is calibrated on.
+        viewed, views: the same with corrupted copies of some, and how many for each image: what is calibrated on.
         calibration_data: which images these are, in words.
         source, named: what is evaluated on, and the same as the set that names its images.
         source_data: which images these are, in words; None until they are counted.

@@ -191,7 +191,7 @@ def _budget(report: ConversionReport) -> list[str]:
 
 
 def _views(report: ConversionReport) -> str:
-    return f", about {100 * report.views:.0f} % of them corrupted at random" if report.views else ""
+    return f", with {100 * report.views:.0f} % as many corrupted copies" if report.views else ""
 
 
 def _cost(report: ConversionReport) -> str:
