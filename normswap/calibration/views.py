@@ -57,7 +57,7 @@ def viewed(
     Args:
         batches: normalised images, in random order.
         normalisation: leads back to pixels.
-        share: copies for each image, 0 to 1.
+        share: copies for each image, 0 to 1; above 0, every batch has one at least.
         views: kinds and strengths to draw from.
 
     Raises:
@@ -72,7 +72,8 @@ def viewed(
         return batches
 
     def with_copies(batch: torch.Tensor, start: int) -> torch.Tensor:
-        pixels = normalisation.pixels(batch[: round(share * len(batch))])
+        # As many in every batch of one size: each other size is another export.
+        pixels = normalisation.pixels(batch)[: max(1, round(share * len(batch)))]
         copies = random_views(pixels, SEED, start, views=views)
         return torch.cat([batch, normalisation.images(copies).to(batch)])
 
