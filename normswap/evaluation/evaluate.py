@@ -1,6 +1,6 @@
 """Top-1, top-5 and agreement with the original, over the same images, in one pass."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,9 @@ from ..module_state import check_weights
 from ..progress import Progress, no_progress
 from ..records.report import StageMetrics
 from .worst_images import WorstImages
+
+# About so many images tell whether a step between the first and the last model broke something.
+BRIEF = 512
 
 
 def kl_divergence(output: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -93,6 +96,7 @@ def evaluate_models(
     total: int = 0,
     worst: WorstImages | None = None,
     answers: dict[int, torch.Tensor] | None = None,
+    brief: Collection[str] = (),
 ) -> list[StageMetrics]:
     """Measure several models on the same images; the first one is the reference for agreement and KL.
 
@@ -102,10 +106,12 @@ def evaluate_models(
             `normswap.inputs.batches.checked`.
         amp_dtype: autocast to it; default: the models' own dtype.
         progress: called with ("evaluate", images done, ``total``).
-        total: how many images there will be, for the progress.
+        total: how many images there will be; 0 if nobody knows.
         worst: is shown every image with the first and the last model's outputs, to keep those furthest apart.
         answers: of the first model, by number of the batch: taken where there, else put there. So the original runs
             once if it is measured against again and again on the same batches.
+        brief: names of models between the first and the last that are measured on every so manieth batch only, on about
+            `BRIEF` images in all, where ``total`` is more than that.
 
     Raises:
         ArgumentError: no images, images that are not normalised, labels of no class, or models with outputs of
@@ -123,12 +129,14 @@ def evaluate_models(
     first = next(iter(models.values()))
     weight = next(first.parameters())
     classifier = has_classes(first)
-    done = 0
+    done, every = 0, max(total // BRIEF, 1)
     with eval_mode(*models.values()):
         for number, (images, labels) in enumerate(checked(batches)):
             images = images.to(weight)
             reference: torch.Tensor | None = None
             for name, model in models.items():
+                if name in brief and number % every:
+                    continue
                 known = answers.get(number) if answers and model is first else None
                 cast = torch.autocast(weight.device.type, amp_dtype) if amp_dtype else nullcontext()
                 with cast:

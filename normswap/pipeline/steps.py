@@ -1,6 +1,7 @@
 """The steps of `convert`, in their order; each takes the work at hand one step further."""
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from ..ambient import thawed
 from ..calibration.views import with_views
 from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
-from ..evaluation.evaluate import evaluate_models
+from ..evaluation.evaluate import BRIEF, evaluate_models
 from ..evaluation.worst_images import WorstImages
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
@@ -34,9 +35,11 @@ from .resumption import calibration_fingerprint, opened, recall, remember
 from .stress_check import shuffled, stress_check
 from .work import Clock, Request, Work
 
+_TIMED = 8  # batches that tell how long a plain pass takes
+
 
 def prepared(request: Request) -> Work:
-    """Check the arguments, read the calibration images, plan, and run the original over them once."""
+    """Check the arguments, read the calibration images, plan, and time the original on a few of them."""
     request.check()
     check_state(request.model)
     check_weights(request.model)
@@ -91,11 +94,21 @@ def prepared(request: Request) -> Work:
         resumed=resumed,
         fingerprint=fingerprint,
     )
-    with eval_mode(model), torch.no_grad(), work.clock("forward_pass"):
-        for i, batch in enumerate(batches):
-            request.progress("forward pass", i + 1, len(batches))
-            model(batch)
+    work.clock.seconds["forward_pass"] = _forward_pass(model, batches)
     return work
+
+
+@torch.no_grad()
+def _forward_pass(model: nn.Module, batches: ImageBatches) -> float:
+    """Return the seconds that all images would take to go through the model, from a few batches of them."""
+    seconds, images = 0.0, 0
+    with eval_mode(model):
+        model(batches[0])  # the first time takes longer
+        for batch in batches[:_TIMED]:
+            start = time.perf_counter()
+            model(batch).sum().item()  # waits for the device
+            seconds, images = seconds + time.perf_counter() - start, images + len(batch)
+    return round(seconds * batches.image_count / images, 3)
 
 
 def _planned(request: Request, model: nn.Module, batches: ImageBatches) -> Plan:
@@ -201,7 +214,7 @@ def folded(work: Work) -> None:
     with work.clock("fold"):
         verdicts = judge_fold(work.trained, work.plan.input_size)
         work.fused = fold_norms(work.trained, verdicts=verdicts)
-        work.fold = FoldCheck.of(work.trained, work.fused, work.batches, verdicts)
+        work.fold = FoldCheck.of(work.trained, work.fused, work.batches.first(BRIEF), verdicts)
 
 
 def measured(work: Work) -> None:
@@ -217,9 +230,10 @@ def measured(work: Work) -> None:
     stages["fused"] = work.result if len(dtypes) == 1 else work.fused
     worst = WorstImages(evaluation.worst_images)
     known = work.outputs if work.budget else None
+    between = [name for name in ("swapped", "calibrated") if name in stages]
     with work.clock("evaluate"):
         report.stages = evaluate_models(
-            stages, work.source, evaluation.amp_dtype, request.progress, work.total, worst, known
+            stages, work.source, evaluation.amp_dtype, request.progress, work.total, worst, known, between
         )
     if work.source_data is None:
         report.evaluation_data = describe(work.source, report.stages[0].n)

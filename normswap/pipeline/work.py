@@ -12,7 +12,7 @@ from torch import nn
 from ..calibration.options import CalibrationOptions
 from ..errors import ArgumentError
 from ..finetuning.run_state import TrainingState
-from ..inputs.batches import ImageBatches
+from ..inputs.batches import ImageBatches, held_batches
 from ..inputs.dataset import ImageSet
 from ..model_utils import has_classes
 from ..outputs.rebuild import Rebuilt
@@ -131,5 +131,7 @@ class Work:
 
     @property
     def total(self) -> int:
-        """How many evaluation images there will be, for the progress."""
-        return len(self.source) if isinstance(self.source, ImageSet) else self.batches.image_count
+        """How many evaluation images there are; 0 where only going through them would tell."""
+        if isinstance(self.source, ImageSet):
+            return len(self.source)
+        return sum(len(batch) for batch, _ in held_batches(self.source))

@@ -95,3 +95,16 @@ def test_wrong_arguments():
         evaluate_models({"a": original}, [])
     with pytest.raises(ArgumentError, match="outputs"):
         evaluate_models({"a": original, "b": family("headless")}, [images(original)])
+
+
+def test_models_between_are_measured_on_a_part_that_is_spread_evenly(monkeypatch):
+    monkeypatch.setattr("normswap.evaluation.evaluate.BRIEF", 8)
+    torch.manual_seed(0)
+    models = {name: nn.Sequential(nn.Flatten(), nn.Linear(12, 3)) for name in ("original", "between", "fused")}
+    batches = [torch.rand(4, 3, 2, 2) for _ in range(10)]
+    found = {stage.name: stage for stage in evaluate_models(models, batches, total=40, brief=["between"])}
+    assert [stage.n for stage in found.values()] == [40, 8, 40]
+    part = evaluate_models(models, [batches[0], batches[5]])
+    assert found["between"] == part[1]
+    everything = evaluate_models(models, batches, brief=["between"])  # nobody knows how many there will be
+    assert [stage.n for stage in everything] == [40, 40, 40]
