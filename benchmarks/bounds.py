@@ -36,6 +36,12 @@ def eager(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
     return lambda: model(images)
 
 
+def compiled(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    """Return a run of what torch.compile makes of the model."""
+    run = torch.compile(model, dynamic=False)
+    return lambda: run(images)
+
+
 def onnxruntime_run(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
     """Return a run of the exported model, on as many threads as torch has."""
     import onnxruntime
@@ -50,13 +56,16 @@ def onnxruntime_run(model: torch.nn.Module, images: torch.Tensor) -> Callable[[]
     return lambda: session.run(None, feed)
 
 
+ENGINES = {"eager": eager, "compile": compiled, "onnxruntime": onnxruntime_run}
+
+
 @click.command()
 @click.argument("names", nargs=-1, required=True)
 @click.option("-b", "--batch", default=1, show_default=True)
 @click.option("--rounds", default=100, show_default=True)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--onnxruntime", is_flag=True)
-def main(names: tuple[str, ...], batch: int, rounds: int, threads: int, onnxruntime: bool) -> None:
+@click.option("--engine", type=click.Choice(list(ENGINES)), default="eager", show_default=True)
+def main(names: tuple[str, ...], batch: int, rounds: int, threads: int, engine: str) -> None:
     """Print one row per model."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -67,9 +76,8 @@ def main(names: tuple[str, ...], batch: int, rounds: int, threads: int, onnxrunt
         bounded = stand_in(original)
         models = {"original": original, "bounded": bounded, "unbounded": without_bounds(bounded)}
         images = torch.randn(batch, *original.pretrained_cfg["input_size"])
-        prepare = onnxruntime_run if onnxruntime else eager
         with torch.inference_mode():
-            runs = {key: prepare(model, images) for key, model in models.items()}
+            runs = {key: ENGINES[engine](model, images) for key, model in models.items()}
             runs["again"] = runs["unbounded"]
             seconds: dict[str, list[float]] = {key: [] for key in runs}
             for turn in range(rounds + 3):
