@@ -1,11 +1,15 @@
 """Shared fixtures: a seed for each test, the shared model and images where they are there."""
 
+import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from normswap.pipeline.stress_check import stress_check
 
 # Workers side by side share the cores between them, and so do the commands that they start.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -18,6 +22,9 @@ if WORKERS > 1 and "OMP_NUM_THREADS" not in os.environ:
 settings.register_profile("workers", deadline=None)
 settings.load_profile("workers")
 
+# The default, 700, is reached every few milliseconds of an export.
+gc.set_threshold(10_000)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -26,17 +33,32 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_stress_check(request, monkeypatch) -> None:
+def _stress_check(patch: pytest.MonkeyPatch, check: Callable) -> None:
+    for step in ("steps", "from_swapped"):
+        patch.setattr(f"normswap.pipeline.{step}.stress_check", check)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_stress_check() -> Iterator[None]:
     """Leave the check on corrupted images out of conversions: it takes longer than they do."""
-    if "with_stress" not in request.fixturenames:
-        for step in ("steps", "from_swapped"):
-            monkeypatch.setattr(f"normswap.pipeline.{step}.stress_check", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        _stress_check(patch, lambda *_: None)
+        yield
 
 
-@pytest.fixture(scope="session")
-def with_stress() -> None:
-    """Let conversions make their check on corrupted images."""
+@pytest.fixture(scope="module")
+def with_stress() -> Iterator[None]:
+    """Let the conversions of a file make their check on corrupted images."""
+    with pytest.MonkeyPatch.context() as patch:
+        _stress_check(patch, stress_check)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Take what is imported out of garbage collection: going through it again and again is a fifth of an export."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ _TINY = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 2, "num_class
 # name -> (timm model, arguments, how many LayerNorms, verdicts in order of count)
 FAMILY: dict[str, tuple[str, dict, int, dict[str, int]]] = {
     "vit": ("vit_tiny_patch16_224", _TINY, 5, {"fold-forward": 5}),
-    "deit": ("deit_tiny_patch16_224", _TINY, 5, {"fold-forward": 5}),
     "deit_distilled": ("deit_tiny_distilled_patch16_224", _TINY, 5, {"fold-forward": 5}),
     "deit3": ("deit3_small_patch16_224", _TINY, 5, {"fold-forward": 5}),
     "dinov2_registers": ("vit_small_patch14_reg4_dinov2", {**_TINY, "img_size": 28}, 5, {"fold-forward": 5}),
@@ -63,7 +62,7 @@ FAMILY: dict[str, tuple[str, dict, int, dict[str, int]]] = {
     ),
     "glu": ("vit_tiny_patch16_224", {**_TINY, "mlp_layer": timm.layers.GluMlp}, 5, {"fold-forward": 5}),
     "dynamic_size": ("vit_tiny_patch16_224", {**_TINY, "dynamic_img_size": True}, 5, {"fold-forward": 5}),
-    "relpos": ("test_vit", {}, 13, {"fold-forward": 13}),
+    "relpos": ("test_vit", {"img_size": 64, "depth": 3}, 7, {"fold-forward": 7}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,28 +107,33 @@ def test_the_number_of_threads_stays_the_callers():
         assert torch.get_num_threads() == 1
 
 
+def _steps(model: torch.nn.Module, x: torch.Tensor, folder: Path) -> dict[str, torch.Tensor]:
+    """Run each of the long functions alone, on one model and the same images."""
+    found = normswap.swap_norms(model)
+    normswap.calibrate(found, [x], model, OPTIONS)
+    tuning = normswap.finetune(found, [x], model, normswap.FinetuneOptions(batch_size=6))
+    fused = normswap.fold_norms(found)
+    (_, stage) = normswap.evaluate_models({"original": model, "fused": fused}, [x])
+    report = normswap.export_model(fused, folder / "model.pt2", format="pt2")
+    numbers = [stage.kl, tuning.kl_before, tuning.kl_after, report.comparison.max_abs_diff]
+    with known_context():
+        return _bits(fused) | {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+
+@pytest.fixture(scope="module")
+def steps_outside(tmp_path_factory) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = family("vit")
+    return _steps(model, images(model, 20), tmp_path_factory.mktemp("outside"))
+
+
 @pytest.mark.parametrize("name", ["inference_mode", "autocast", "default_dtype", "default_device"])
-def test_the_single_steps_are_those_from_outside(name, tmp_path):
-    """Each of the long functions alone, on one model and the same images."""
-
-    def steps(folder) -> dict[str, torch.Tensor]:
-        found = normswap.swap_norms(model)
-        normswap.calibrate(found, [x], model, OPTIONS)
-        tuning = normswap.finetune(found, [x], model, normswap.FinetuneOptions(batch_size=6))
-        fused = normswap.fold_norms(found)
-        (_, stage) = normswap.evaluate_models({"original": model, "fused": fused}, [x])
-        report = normswap.export_model(fused, folder / "model.pt2", format="pt2")
-        numbers = [stage.kl, tuning.kl_before, tuning.kl_after, report.comparison.max_abs_diff]
-        with known_context():
-            return _bits(fused) | {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-
+def test_the_single_steps_are_those_from_outside(name, steps_outside, tmp_path):
     model = family("vit")
     x = images(model, 20)
-    (tmp_path / "inside").mkdir()
-    wanted = steps(tmp_path)
     with AMBIENT[name]():
-        found = steps(tmp_path / "inside")
-    _assert_same(found, wanted)
+        found = _steps(model, x, tmp_path)
+    _assert_same(found, steps_outside)
 
 
 def test_a_benchmark_keeps_the_precision_it_is_to_time(monkeypatch):

@@ -21,6 +21,7 @@ from .tolerance import PROCESSES
 
 WORLD = 2
 TIMEOUT = 300  # seconds, for what takes ten
+STEPS = 8  # enough of them to be seen, each in float64
 
 
 def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibration]:
@@ -29,7 +30,10 @@ def _calibrated(name: str, count: int, method: str) -> tuple[nn.Module, Calibrat
     model = normswap.load_model(MODEL).double() if name == "demo" else family(name, torch.float64)
     swapped = normswap.swap_norms(model)
     return swapped, normswap.calibrate(
-        swapped, _images(name, model, count), original=model, options=normswap.CalibrationOptions(method=method)
+        swapped,
+        _images(name, model, count),
+        original=model,
+        options=normswap.CalibrationOptions(method=method, refine_steps=STEPS),
     )
 
 
@@ -127,6 +131,7 @@ def test_torchrun_writes_and_prints_once(tmp_path):
     assert len(re.findall(r"^fused ", done.stdout, re.M)) == 1
 
 
+@pytest.mark.slow  # that each process stops, and with what words, is tested above
 def test_torchrun_fails_in_one_line(tmp_path):
     done = _torchrun("convert", *DEMO, "--calib-samples", 1, "-o", tmp_path / "out")
     assert done.returncode != 0

@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from normswap.demo import FOLDER, MODEL
 
-from ..child import ONE_THREAD, started
+from ..child import started
 from .test_cli import DEMO, IMAGES, one_object, run
 
 VIT = ("vit_tiny_patch16_224", "--img-size=32", "--num-classes=10")
@@ -298,7 +297,8 @@ def test_one_corrupt_image(out, images):
     broken = sorted(images.rglob("*.png"))[17]
     truncate(broken)
     name = broken.relative_to(images)
-    result = run("convert", "-m", MODEL, "--data-dir", images, "-j", 0, "--device", "cpu", "-o", out, "--json")
+    flags = ("--method", "channel", "-j", 0, "--device", "cpu")
+    result = run("convert", "-m", MODEL, "--data-dir", images, *flags, "-o", out, "--json")
     assert result.exit_code == 0, result.stderr
     record = one_object(result)
     assert record["skipped_images"] == [str(name)]
@@ -319,7 +319,7 @@ def test_labels_of_another_task(out, images):
     for digit in "56789":
         shutil.rmtree(images / digit)
     refused(out, 1, [images, "5 classes", "10", "--no-labels"], "--data-dir", images)
-    arguments = ("convert", *DEMO, "-o", out, "--data-dir", images, "--no-labels", "--json")
+    arguments = ("convert", *DEMO, "-o", out, "--method", "channel", "--data-dir", images, "--no-labels", "--json")
     record = one_object(run(*arguments))
     assert record["before"] == {"top1": None, "top5": None, "n": 20}
     assert record["agreement"] > 10
@@ -366,14 +366,13 @@ def test_disk_full(out):
     out.mkdir()
     (out / "old.txt").write_text("the old folder")
     limit = 200_000  # bytes: more than config.json, less than the weights
-    done = subprocess.run(
-        [sys.executable, "-m", "normswap_cli", "convert", *map(str, DEMO), "-q", "-o", str(out), "--overwrite"],
-        capture_output=True,
-        text=True,
-        env=ONE_THREAD,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 1, done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        done = run("convert", *DEMO, "--method", "moments", "-q", "-o", out, "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.exit_code == 1, done.stderr
     assert done.stdout == ""
     assert_one_line(done.stderr, [out, "cannot be written", "File too large"])
     assert listing(out.parent) == [Path("out"), Path("out/old.txt")]

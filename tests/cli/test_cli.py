@@ -152,9 +152,9 @@ def test_images_are_named(converted):
 @pytest.mark.parametrize("subset", [(), ("--eval-samples", 8)])
 def test_one_split_for_both_is_said(tmp_path, subset):
     data = ("--data-dir", FOLDER / "validation.tar", "--calib-samples", 32, "-j", 0, "--device", "cpu")
-    result = run("convert", "-m", MODEL, *data, "-o", tmp_path / "out", *subset)
+    result = run("convert", "-m", MODEL, *data, "--method", "channel", "-o", tmp_path / "out", *subset)
     assert result.exit_code == 0, result.stderr
-    assert "calibrate  reconstruct, on 32 of 360 images of demo/validation.tar, seed 42" in result.stderr
+    assert "calibrate  channel, on 32 of 360 images of demo/validation.tar, seed 42" in result.stderr
     assert "there is one split only" in result.stderr
 
 
@@ -197,7 +197,7 @@ def test_budget_exceeded(tmp_path):
 
 
 def test_fold_not_exact_enough(tmp_path):
-    result = run("convert", *DEMO, "-o", tmp_path / "out", "--atol", 0, "--json")
+    result = run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out", "--atol", 0, "--json")
     assert result.exit_code == 4
     assert one_object(result)["fold_max_abs_err"] > 0
     last = result.stderr.splitlines()[-1]
@@ -209,7 +209,8 @@ def test_fold_not_exact_enough(tmp_path):
 
 def test_keep(tmp_path):
     out = tmp_path / "out"
-    result = run("convert", *DEMO, "-o", out, "--keep", "blocks.0.*", "--keep", "norm", "--json")
+    flags = ("--method", "channel", "--keep", "blocks.0.*", "--keep", "norm")
+    result = run("convert", *DEMO, "-o", out, *flags, "--json")
     assert result.exit_code == 0, result.stderr
     record = one_object(result)
     kept = {"blocks.0.norm1", "blocks.0.norm2", "norm"}
@@ -276,7 +277,7 @@ def test_demo_does_the_main_job(tmp_path):
 
 def test_quiet_is_quiet_whatever_timm_says(tmp_path, caplog):
     """timm warns that mean and std of three channels do not fit one channel, and does so after the export too."""
-    result = run("convert", *DEMO, "-o", tmp_path / "out", "--in-chans", 1, "-q")
+    result = run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out", "--in-chans", 1, "-q")
     assert result.exit_code == 0
     assert result.stderr == ""
     assert not caplog.records  # pytest catches what logging would print to stderr elsewhere

@@ -68,10 +68,18 @@ def test_from_conversion_to_export(odd, tmp_path):
     assert one_object(half)["files"] == [str(out / "model.fp16.pt2")]
 
 
-def test_from_fine_tuning_to_fold(odd, tmp_path):
-    swapped, tuned = tmp_path / "swapped", tmp_path / "tuned"
-    made = run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out", "--save-swapped", swapped)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The demo's output folder, and beside it its swapped checkpoint."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    flags = ("--method", "channel", "-o", out, "--save-swapped", out.parent / "swapped")
+    made = run("convert", *DEMO, *flags)
     assert made.exit_code == 0, made.stderr
+    return out
+
+
+def test_from_fine_tuning_to_fold(odd, converted, tmp_path):
+    swapped, tuned = converted.parent / "swapped", tmp_path / "tuned"
     flags = ("--data-dir", odd, "--split", "holdout", "--eval-samples", 16, "-j", 0)
     result = run("finetune", "-m", swapped, *flags, "--samples", 64, "--train-batch-size", 24, "-o", tuned)
     words = _next(result, FOLDER=tmp_path / "out two")
@@ -107,12 +115,11 @@ def test_from_benchmark_to_conversion(odd, tmp_path):
     assert done.exit_code == 0, done.stderr
 
 
-def test_from_a_dry_run_to_the_push(tmp_path, monkeypatch):
-    run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out")
+def test_from_a_dry_run_to_the_push(converted, monkeypatch):
     given = ["--private", "--revision", "candidate", "--base-model", "user/base", "--message", "Ship it"]
-    dry = run("push", tmp_path / "out", "user/model", *given, "--dry-run")
+    dry = run("push", converted, "user/model", *given, "--dry-run")
     words = _next(dry)
-    assert words == ["push", str(tmp_path / "out"), "user/model", *given]
+    assert words == ["push", str(converted), "user/model", *given]
     assert "dry run    nothing was sent\n" in dry.stderr
     monkeypatch.setattr("normswap.outputs.hub.push", lambda upload, message: f"sent: {message}")
     sent = run(*words)
@@ -143,13 +150,11 @@ def test_a_flag_with_two_names_is_carried_as_it_was_given():
     assert next_command.line("convert", {**options, "report": None}) == "normswap convert -m x"
 
 
-def test_commands_of_one_process_are_left_to_the_first(tmp_path, monkeypatch):
-    made = run("convert", *DEMO, "--method", "channel", "-o", tmp_path / "out")
-    assert made.exit_code == 0, made.stderr
-    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+def test_commands_of_one_process_are_left_to_the_first(converted, monkeypatch):
+    before = sorted(path.name for path in converted.iterdir())
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    for command in (("export", tmp_path / "out", *IMAGES), ("evaluate", "-m", MODEL, *IMAGES), ("report", FOLDER)):
+    for command in (("export", converted, *IMAGES), ("evaluate", "-m", MODEL, *IMAGES), ("report", FOLDER)):
         result = run(*command)
         assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    assert sorted(path.name for path in converted.iterdir()) == before

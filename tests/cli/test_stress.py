@@ -1,9 +1,5 @@
 """``evaluate --stress`` and the short check of every ``convert``: what they print, their JSON and their limit."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 import normswap
@@ -72,14 +68,13 @@ def test_what_is_missing_is_a_usage_error(arguments, error):
 
 
 @pytest.fixture(scope="module")
-def checked_conversion(tmp_path_factory):
-    """A conversion with its short check on corrupted images, run once in a process of its own."""
+def checked_conversion(tmp_path_factory, with_stress):
+    """A conversion with its short check on corrupted images."""
     out = tmp_path_factory.mktemp("stress") / "out"
     words = ("convert", *DEMO, "--method", "channel", "--stress-samples", 32, "-o", out)
-    command = [sys.executable, "-m", "normswap_cli", *map(str, words), "--save-swapped", str(out.parent / "swapped")]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, json.loads(done.stdout), done.stderr
+    done = run(*words, "--save-swapped", out.parent / "swapped", "--json")
+    assert done.exit_code == 0, done.stderr
+    return out, one_object(done), done.stderr
 
 
 def test_every_conversion_makes_a_short_check(checked_conversion):

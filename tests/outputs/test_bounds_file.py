@@ -64,6 +64,7 @@ def test_stock_timm_with_and_without_the_bounds(made):
     assert (_answers(plain, x) - _answers(result.model, x)).abs().max() > 0.1
 
 
+@pytest.mark.slow  # tests/outputs/test_stock_timm.py runs a card too
 def test_the_card_has_all_that_is_needed(made, tmp_path):
     """Its Python runs as it stands, where normswap cannot be imported."""
     result, out, x = made

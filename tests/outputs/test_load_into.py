@@ -1,6 +1,7 @@
 """Models that were changed after timm built them: what timm can rebuild is found out first, and all can be saved."""
 
 import copy
+import shutil
 
 import pytest
 import timm
@@ -131,6 +132,14 @@ def test_every_model_can_be_saved_and_loaded(tmp_path, name):
     assert all(torch.equal(before[key], tensor) for key, tensor in plain.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory):
+    """The conversion of a model that timm cannot rebuild, and its folder, for tests that only read them."""
+    result = normswap.convert(changed("wrapper"), [data()], calibration=CHANNEL)
+    result.save(folder := tmp_path_factory.mktemp("wrapped") / "mine")
+    return result, folder
+
+
 @pytest.mark.parametrize("name", ["head", "low rank", "wrapper"])
 def test_before_the_fold_too(tmp_path, name):
     model = changed(name)
@@ -190,9 +199,9 @@ def test_what_is_converted_in_part_can_be_converted_further(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no norms", "another width", "another layer", "weights"])
-def test_what_does_not_fit_changes_nothing(tmp_path, damage):
-    result = normswap.convert(changed("wrapper"), [data()], calibration=CHANNEL)
-    result.save(tmp_path / "out")
+def test_what_does_not_fit_changes_nothing(wrapped, tmp_path, damage):
+    result, folder = wrapped
+    shutil.copytree(folder, tmp_path / "out")
     model, text = changed("wrapper"), "does not fit the model"
     if damage == "no norms":
         model, text = result.model, r"Normalised has no LayerNorm at backbone\.\S+: pass the model as it was"
@@ -224,14 +233,14 @@ def test_dtype_stays_and_what_is_around_the_model_too(tmp_path):
         torch.testing.assert_close(loaded.module(x.double()).float(), result.model(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_line_says_it_at_once(tmp_path):
-    normswap.convert(changed("wrapper"), [data()], calibration=CHANNEL).save(tmp_path / "mine")
+def test_the_command_line_says_it_at_once(wrapped, tmp_path):
+    mine = wrapped[1]
     for command in ("convert", "evaluate"):
         out = ("-o", tmp_path / "out") if command == "convert" else ()
-        result = run(command, "-m", f"local-dir:{tmp_path / 'mine'}", *IMAGES, *out)
+        result = run(command, "-m", f"local-dir:{mine}", *IMAGES, *out)
         assert result.exit_code == 2
         last = result.stderr.splitlines()[-1]
-        assert last.startswith(f"Error: {tmp_path / 'mine'}: made from Normalised that timm cannot rebuild: ")
-    pushed = run("push", tmp_path / "mine", "user/mine", "--dry-run")
+        assert last.startswith(f"Error: {mine}: made from Normalised that timm cannot rebuild: ")
+    pushed = run("push", mine, "user/mine", "--dry-run")
     assert pushed.exit_code == 0, pushed.stderr
     assert "config.json" not in pushed.stdout

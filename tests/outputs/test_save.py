@@ -1,5 +1,6 @@
 """Output folder and back: every kind of conversion loads again, to the bit, and says who can load it."""
 
+import copy
 import json
 import os
 
@@ -87,7 +88,8 @@ def test_partial_conversion_loads_with_normswap(tmp_path):
 
 
 def test_other_architectures_round_trip(tmp_path):
-    model = timm.create_model("convnext_atto", num_classes=5).eval()
+    small = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    model = timm.create_model("convnext_atto", num_classes=5, **small).eval()
     result = convert(model, [torch.randn(4, 3, 64, 64)], calibration=QUICK)
     result.save(tmp_path / "out")
     x = torch.randn(2, 3, 64, 64)
@@ -114,15 +116,27 @@ def test_a_norm_layer_class_does_not_hinder(tmp_path):
     assert result.report.stock_timm is None
 
 
+@pytest.fixture(scope="module")
+def converted():
+    torch.manual_seed(0)
+    model = family("vit")
+    return convert(model, [images(model, 4)], calibration=QUICK)
+
+
+@pytest.fixture
+def result(converted):
+    """A conversion that a test may change."""
+    return copy.deepcopy(converted)
+
+
 def test_what_is_no_output_folder(tmp_path):
     with pytest.raises(ArgumentError, match=r"no normswap\.json"):
         load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing key", "format", "config"])
-def test_a_damaged_folder_is_refused(tmp_path, damage):
-    model = family("vit")
-    convert(model, [images(model, 4)], calibration=QUICK).save(tmp_path / "out")
+def test_a_damaged_folder_is_refused(result, tmp_path, damage):
+    result.save(tmp_path / "out")
     weights, record, config = (tmp_path / "out" / n for n in ("model.safetensors", "normswap.json", "config.json"))
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
@@ -136,9 +150,7 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
         load(tmp_path / "out")
 
 
-def test_a_folder_that_answers_differently_never_appears(tmp_path):
-    model = family("vit")
-    result = convert(model, [images(model, 4)], calibration=QUICK)
+def test_a_folder_that_answers_differently_never_appears(result, tmp_path):
     result.save(tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
@@ -158,10 +170,8 @@ def test_stock_arguments_say_why_not():
 
 
 @pytest.mark.parametrize("moved", [1e-6, 1e-2])
-def test_reading_back_allows_for_sums_in_another_order(tmp_path, monkeypatch, moved):
+def test_reading_back_allows_for_sums_in_another_order(result, tmp_path, monkeypatch, moved):
     """On a GPU, or from tensors that lie otherwise in memory, the same weights round otherwise."""
-    model = family("vit")
-    result = convert(model, [images(model, 4)], calibration=normswap.CalibrationOptions(method="channel"))
     monkeypatch.setattr("normswap.outputs.save.difference", lambda *_: Difference(moved, moved, 100.0))
     if moved > 1e-4:
         with pytest.raises(CheckFailedError, match=r"read back, its outputs differ by 0\.01: not saved"):
@@ -183,10 +193,7 @@ def test_parts_of_one_tensor_are_saved(tmp_path):
     assert set(load_file(tmp_path / "file")) == {"first.weight", "first.bias", "second.weight", "second.bias"}
 
 
-def test_no_error_names_the_folder_that_is_gone(tmp_path, monkeypatch):
-    model = family("vit")
-    result = convert(model, [images(model, 4)], calibration=normswap.CalibrationOptions(method="channel"))
-
+def test_no_error_names_the_folder_that_is_gone(result, tmp_path, monkeypatch):
     def unreadable(path: object) -> None:
         raise CheckpointError(f"{path}/model.safetensors: cannot be read")
 

@@ -105,6 +105,7 @@ def test_no_trace_of_normswap_or_layer_norm(stock):
     assert facts["ours"] == []
     assert facts["norms"] == []
     assert not [name for name in facts["modules"] if "norm" in name.lower()]
+    assert "TokenBound" in facts["modules"]  # which the card defines
     assert facts["class"] == "VisionTransformer"
 
 

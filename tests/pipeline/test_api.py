@@ -16,6 +16,7 @@ from normswap.demo import FOLDER, MODEL
 from normswap.pipeline.work import Clock
 from normswap.surgery.swap import batch_norms
 
+from ..cli.test_cli import run
 from ..models import family, images
 from ..tolerance import FOLD_FLOAT64
 
@@ -169,14 +170,36 @@ def test_example_fold_by_hand(capsys):
     assert "largest difference" in capsys.readouterr().out
 
 
-def test_example_convert_with_the_api():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "convert_with_the_api.py")], capture_output=True, text=True, check=True
-    )
-    assert "loaded by plain timm, its outputs differ by 0" in done.stdout
+def test_example_convert_with_the_api(capsys, monkeypatch):
+    path = str(ROOT / "examples" / "convert_with_the_api.py")
+    monkeypatch.setattr(sys, "argv", [path])
+    runpy.run_path(path, run_name="__main__")
+    assert "loaded by plain timm, its outputs differ by 0" in capsys.readouterr().out
 
 
-DEPLOY = (sys.executable, str(ROOT / "examples" / "deploy" / "deploy.py"), "-m", MODEL, "--data-dir", str(FOLDER))
+@pytest.fixture
+def deploy(monkeypatch, capsys):
+    """Return a function that runs the example, whose commands run in this process; it gives exit code and output."""
+
+    def command(words: list[str], stdout: int | None = None, text: bool = False) -> subprocess.CompletedProcess:
+        assert words[:3] == [sys.executable, "-m", "normswap_cli"]
+        result = run(*words[3:])
+        sys.stderr.write(result.stderr)
+        if stdout is None:
+            sys.stdout.write(result.stdout)
+        return subprocess.CompletedProcess(words, result.exit_code, result.stdout)
+
+    def start(*arguments: str) -> tuple[int, str, str]:
+        path = str(ROOT / "examples" / "deploy" / "deploy.py")
+        monkeypatch.setattr(sys, "argv", [path, "-m", MODEL, "--data-dir", str(FOLDER), *arguments])
+        monkeypatch.setattr(subprocess, "run", command)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(path, run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return start
+
+
 FEW = (
     "--method",
     "channel",
@@ -193,24 +216,22 @@ FEW = (
 )
 
 
-def test_example_deploy_ships_what_holds(tmp_path):
+def test_example_deploy_ships_what_holds(deploy, tmp_path):
     out = tmp_path / "out"
-    command = [*DEPLOY, "-o", str(out), "--max-drop", "5", "--max-keep", "6", "--repo-id", "user/digits", *FEW]
-    command += ["--max-evaluations", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags = ("--max-drop", "5", "--max-keep", "6", "--max-evaluations", "2", "--repo-id", "user/digits")
+    code, stdout, stderr = deploy("-o", str(out), *flags, *FEW)
+    assert code == 0, stderr
     kept = json.loads((out / "normswap.json").read_text())["report"]["kept"]
     assert kept, "nothing had to stay, so the example shows nothing"
-    first, *files = done.stdout.splitlines()
+    first, *files = stdout.splitlines()
     assert first.startswith(f"ship {out}: top-1 ")
     assert first.endswith(f"{len(kept)} LayerNorms stay: {', '.join(kept)}")
     assert {line.split()[0] for line in files} >= {"README.md", "config.json", "model.safetensors", "normswap.json"}
 
 
-def test_example_deploy_passes_the_exit_code_on(tmp_path):
-    command = [*DEPLOY, "-o", str(tmp_path / "out"), "--max-drop", "-50", "--max-keep", "0", *FEW]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 4
-    assert done.stdout.startswith("not shipped: top-1 ")
-    assert done.stderr.splitlines()[-1].startswith("Error: top-1 ")
+def test_example_deploy_passes_the_exit_code_on(deploy, tmp_path):
+    code, stdout, stderr = deploy("-o", str(tmp_path / "out"), "--max-drop", "-50", "--max-keep", "0", *FEW)
+    assert code == 4
+    assert stdout.startswith("not shipped: top-1 ")
+    assert stderr.splitlines()[-1].startswith("Error: top-1 ")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Tiny members of timm's other families: the verdicts are the expected ones, and every fold is exact."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 
 from benchmarks.coverage import convert_one, randomise, randomise_statistics
 from normswap import (
+    CalibrationOptions,
     EvaluationOptions,
     convert,
     fold_norms,
@@ -141,22 +143,26 @@ def _check_fold(model: nn.Module, size: int, verdicts: dict[str, int], reasons: 
     return swapped, fused
 
 
+@functools.cache
+def _folded(name: str) -> tuple[nn.Module, nn.Module]:
+    """Return the model in float64 and what the fold that is checked makes of it."""
+    _, _, size, verdicts, reasons = ARCHITECTURES[name]
+    model = _model(name).double()
+    return model, _check_fold(copy.deepcopy(model), size, verdicts, reasons)[1]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_verdicts_and_exact_folds(name):
-    _, _, size, verdicts, reasons = ARCHITECTURES[name]
-    _check_fold(_model(name), size, verdicts, reasons)
+    _folded(name)
 
 
 def test_patch_merging_gets_the_bias_it_never_had():
-    model = _model("Swin")
-    _, fused = _check_fold(model, 56, ARCHITECTURES["Swin"][3], [])
-    assert created_biases(model, fused) == ["layers.1.downsample.reduction.bias"]
+    assert created_biases(*_folded("Swin")) == ["layers.1.downsample.reduction.bias"]
 
 
 def test_batch_norms_of_the_model_itself_are_untouched():
-    model = _model("BatchNorm of its own").double()
+    model, fused = _folded("BatchNorm of its own")
     theirs = {path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    _, fused = _check_fold(copy.deepcopy(model), 64, {"fold-backward": 8}, [])
     assert len(theirs) > 20
     for path in theirs:
         before, after = model.get_submodule(path).state_dict(), fused.get_submodule(path).state_dict()
@@ -186,7 +192,12 @@ def test_what_was_folded_into_odd_places_is_saved(tmp_path, name, stock):
     model = _model(name)
     size = ARCHITECTURES[name][2]
     images = torch.randn(8, 3, size, size)
-    result = convert(model, [images], evaluation=EvaluationOptions(atol=float("inf")))
+    result = convert(
+        model,
+        [images],
+        calibration=CalibrationOptions(method="channel"),
+        evaluation=EvaluationOptions(atol=float("inf")),
+    )
     result.save(tmp_path / "out")
     assert (result.report.stock_timm is None) == stock
     with torch.no_grad():
@@ -195,27 +206,25 @@ def test_what_was_folded_into_odd_places_is_saved(tmp_path, name, stock):
         if stock:
             plain = with_timm(tmp_path / "out")
             assert torch.equal(plain(images), expected)
+    if name == "EVA, rotary":
+        _check_keys(load(tmp_path / "out"))
 
 
-def test_keys_turned_by_a_rotary_embedding_keep_their_shift_in_the_folder(tmp_path):
-    result = convert(
-        _model("EVA, rotary"), [torch.randn(8, 3, 32, 32)], evaluation=EvaluationOptions(atol=float("inf"))
-    )
-    result.save(tmp_path / "out")
-    loaded = load(tmp_path / "out")
+def _check_keys(loaded: nn.Module) -> None:
+    """Keys that are turned by a rotary embedding keep their shift in the folder."""
     assert loaded.blocks[0].attn.k_bias.abs().max() > 0
     assert "blocks.0.attn.k_bias" in loaded.state_dict()
 
 
-# The five smallest that benchmarks/coverage.py converts.
+# The five smallest that benchmarks/coverage.py converts; the folds of three of them are tested above too.
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("convnext", "test_convnext"),
         ("mambaout", "test_mambaout"),
         ("efficientnet", "test_efficientnet_ln"),
-        ("vision_transformer", "test_vit"),
-        ("maxxvit", "test_coatnet"),
+        pytest.param("convnext", "test_convnext", marks=pytest.mark.slow),
+        pytest.param("vision_transformer", "test_vit", marks=pytest.mark.slow),
+        pytest.param("maxxvit", "test_coatnet", marks=pytest.mark.slow),
     ],
 )
 def test_the_whole_road(file, name):

@@ -81,6 +81,7 @@ converted(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow  # without a process of its own it is tested below; one is killed in tests/finetuning/test_finetune.py
 def test_killed_right_after_calibration(tmp_path, calibrations):
     state = tmp_path / "run.state"
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(state)], env=ONE_THREAD, cwd=ROOT)

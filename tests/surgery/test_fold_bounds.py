@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,6 +75,7 @@ class _Chain(nn.Module):
         return self.fc(self.second(self.first(x)))
 
 
+@settings(max_examples=20)  # each traces a model
 @given(seed=st.integers(0, 10_000), zero=st.booleans())
 def test_a_norm_that_takes_on_another_takes_its_bound_along(seed, zero):
     torch.manual_seed(seed)
