@@ -25,6 +25,7 @@ from ..model_utils import eval_mode, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
 from ..outputs.rebuild import describe_edits, rebuilt
 from ..planning.plan import Plan, make_plan
+from ..progress import Progress
 from ..records.report import ConversionReport
 from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms, judge_fold
@@ -94,17 +95,19 @@ def prepared(request: Request) -> Work:
         resumed=resumed,
         fingerprint=fingerprint,
     )
-    work.clock.seconds["forward_pass"] = _forward_pass(model, batches)
+    work.clock.seconds["forward_pass"] = _forward_pass(model, batches, request.progress)
     return work
 
 
 @torch.no_grad()
-def _forward_pass(model: nn.Module, batches: ImageBatches) -> float:
+def _forward_pass(model: nn.Module, batches: ImageBatches, progress: Progress) -> float:
     """Return the seconds that all images would take to go through the model, from a few batches of them."""
     seconds, images = 0.0, 0
+    timed = batches[:_TIMED]
     with eval_mode(model):
         model(batches[0])  # the first time takes longer
-        for batch in batches[:_TIMED]:
+        for i, batch in enumerate(timed):
+            progress("forward pass", i + 1, len(timed))
             start = time.perf_counter()
             model(batch).sum().item()  # waits for the device
             seconds, images = seconds + time.perf_counter() - start, images + len(batch)
