@@ -34,8 +34,10 @@ from normswap.records.stress import StressRecord
 _SHOWN = ("images", "bound", "views", "without")
 
 
-def measure(original: torch.nn.Module, train: Any, validation: Any, key: dict, stress: int, fp16: float) -> dict:
-    """Convert with the options in ``key`` and return what was measured."""
+def measure(
+    original: torch.nn.Module, train: Any, validation: list, images_of_rows: Any, key: dict, fp16: float, answers: dict
+) -> dict:
+    """Convert with the options in ``key`` and return what was measured; ``answers`` are the original's, once known."""
     images = train.draw(key["images"], key["seed"])
     batches = ImageBatches(images, next(original.parameters()))
     seen = without(key["without"]) if key["without"] else without()
@@ -49,9 +51,9 @@ def measure(original: torch.nn.Module, train: Any, validation: Any, key: dict, s
     seconds = time.perf_counter() - start
     passes = sorted([before, plain_pass(original, pixels)])
     fused = normswap.fold_norms(swapped.eval())
-    first, last = normswap.evaluate_models({"original": original, "fused": fused}, list(validation))
+    first, last = normswap.evaluate_models({"original": original, "fused": fused}, validation, answers=answers)
     rows = [case for case in STRESS if key["without"] in (None, case.corruption.family)]
-    record = normswap.stress_models(original, fused, validation.draw(stress, key["seed"]), rows, fp16=fp16)
+    record = normswap.stress_models(original, fused, images_of_rows, rows, fp16=fp16)
     return {
         "original": first.top1,
         "top1": last.top1,
@@ -137,6 +139,7 @@ def main(
     original = normswap.load_model(model).eval()
     train, validation = load_splits(original, data_dir, "train", "validation")
     validation = validation.draw(evaluated, seed=0)
+    clean, answers = list(validation), {}
     records = json.loads(out.read_text()) if out.exists() else {}
     name = model.rstrip("/").rpartition("/")[2]
     record = records.setdefault(name, {"rows": []})
@@ -146,7 +149,8 @@ def main(
         key = {"images": size, "seed": seed, "bound": bound, "views": share, "without": family}
         if any(key.items() <= row.items() for row in record["rows"]):
             continue
-        record["rows"].append(key | measure(original, train, validation, key, stress, fp16))
+        images = validation.draw(stress, seed)
+        record["rows"].append(key | measure(original, train, clean, images, key, fp16, answers))
         known = json.loads(out.read_text()) if out.exists() else {}  # another process may measure another model
         out.write_text(json.dumps(known | {name: record}, indent=1) + "\n")
     click.echo(table(record["rows"]))
