@@ -21,6 +21,7 @@ import click
 import torch
 
 import normswap
+from normswap.calibration.options import SHARE
 from normswap.finetuning.holdout import held_out_of
 from normswap.inputs.dataset import ImageSet, load_splits
 from normswap.progress import Progress
@@ -76,6 +77,7 @@ def measure(original: torch.nn.Module, start: Start, row: dict) -> dict:
         batch_size=row["batch_size"],
         hflip=row["hflip"],
         scale=row["scale"],
+        views=row["views"],
         amp_dtype=torch.bfloat16 if row["amp"] else None,
         seed=row["seed"],
     )
@@ -141,7 +143,8 @@ def settings_of(row: dict) -> dict[str, str]:
         "batch": str(row["batch_size"]),
         "images": str(row["samples"]),
         "epochs": str(row["epochs"]),
-        "views": "yes" if row["hflip"] or row["scale"] < 1 else "no",
+        "mirrored, cropped": "yes" if row["hflip"] or row["scale"] < 1 else "no",
+        "corrupted": f"{row.get('views', 0.0):g}",
         "seed": str(row["seed"]),
         "on": row["device"],
     }
@@ -193,6 +196,7 @@ def tables(rows: list[dict]) -> str:
 @click.option("--opt", default=normswap.FinetuneOptions.opt, show_default=True)
 @click.option("--hflip", default=normswap.FinetuneOptions.hflip, show_default=True)
 @click.option("--scale", default=normswap.FinetuneOptions.scale, show_default=True)
+@click.option("--views", default=SHARE, show_default=True, help="Share of the training images that are corrupted.")
 @click.option("--batch-size", default=normswap.FinetuneOptions.batch_size, show_default=True)
 @click.option("--samples", default=6000, show_default=True, help="Training images, with those held out.")
 @click.option("--calibrate", type=int, help="Calibrate on so many of them [all but those held out].")
@@ -214,6 +218,7 @@ def main(
     seeds: tuple[int, ...],
     opt: str,
     hflip: float,
+    views: float,
     scale: float,
     batch_size: int,
     samples: int,
@@ -250,6 +255,7 @@ def main(
         row |= {
             "opt": opt,
             "hflip": hflip,
+            "views": views,
             "scale": scale,
             "samples": min(samples, len(images)),
             "epochs": epochs,

@@ -22,7 +22,8 @@ def tell(console: Console, report: Any, verbose: int) -> list[Any]:
     for stage in report.stages:
         line = stage.accuracy_line()
         if line:
-            console.say("eval", f"{stage.name:<10} {line}")
+            part = f" on {stage.n} images" if stage.n != report.stages[0].n else ""
+            console.say("eval", f"{stage.name:<10} {line}{part}")
     for name in report.skipped_images[:3]:
         console.say("skipped", f"{name} cannot be read")
     if len(report.skipped_images) > 3:
@@ -41,7 +42,7 @@ def _say_calibration(console: Console, report: Any, verbose: int) -> None:
 
     if report.calibration_passes is not None:
         seconds, passes = report.seconds["calibrate"], report.calibration_passes
-        console.say("cost", f"calibration took {seconds:.1f} s, {passes:.1f} plain forward passes over the same images")
+        console.say("cost", f"calibration took {seconds:.1f} s, {passes:.1f} plain forward passes over the images")
     if report.finetuning is not None:
         console.say("finetune", report.finetuning.line())
     fit = fit_line(report.fits)

@@ -40,7 +40,8 @@ def with_views(
     if not share:
         return batches, 0.0
     try:
-        return viewed(batches, Normalisation.of(images, model), share), share
+        more = viewed(batches, Normalisation.of(images, model), share)
+        return more, more.image_count / batches.image_count - 1
     except NormalisationError:
         if options.views is not None:
             raise

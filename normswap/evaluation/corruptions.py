@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class View:
-    """What calibration views draw from: one kind, its strength uniform between two."""
+    """What views of calibration and fine-tuning draw from: one kind, its strength uniform between two."""
 
     corruption: str
     low: float
@@ -256,7 +256,7 @@ def random_views(
         seed: draws; another epoch is another seed.
         start: place of the first image among all, so that batches do not matter.
         share: how likely an image is corrupted.
-        views: kinds and strengths, each kind as likely as another.
+        views: kinds and strengths, each entry as likely as another.
 
     >>> views = random_views(torch.rand(8, 3, 16, 16), seed=1, share=0.5)
     >>> views.shape, bool(((0 <= views) & (views <= 1)).all())

@@ -110,12 +110,12 @@ def evaluate_models(
         worst: is shown every image with the first and the last model's outputs, to keep those furthest apart.
         answers: of the first model, by number of the batch: taken where there, else put there. So the original runs
             once if it is measured against again and again on the same batches.
-        brief: names of models between the first and the last that are measured on every so manieth batch only, on about
+        brief: names of models between the first and the last that are measured on every so manieth image only, on about
             `BRIEF` images in all, where ``total`` is more than that.
 
     Raises:
-        ArgumentError: no images, images that are not normalised, labels of no class, or models with outputs of
-            different shapes.
+        ArgumentError: the first or the last model in ``brief``, no images, images that are not normalised, labels of no
+            class, or models with outputs of different shapes.
         ModelRefusedError: a model answers with something else than one tensor.
 
     >>> model = timm.create_model("test_vit", num_classes=3).eval()
@@ -125,6 +125,8 @@ def evaluate_models(
     ('copy', 4, 100.0, 0.0)
     """
     check_weights(*models.values())
+    if {next(iter(models)), list(models)[-1]} & set(brief):
+        raise ArgumentError("`brief` holds the first or the last model: the one is the reference, the other the result")
     tallies = {name: Tally() for name in models}
     first = next(iter(models.values()))
     weight = next(first.parameters())
@@ -135,14 +137,17 @@ def evaluate_models(
             images = images.to(weight)
             reference: torch.Tensor | None = None
             for name, model in models.items():
-                if name in brief and number % every:
+                # Folders are read class by class, so the part is spread over all images.
+                part = slice(-done % every, None, every) if name in brief else slice(None)
+                some = images[part]
+                if not len(some):
                     continue
                 known = answers.get(number) if answers and model is first else None
                 cast = torch.autocast(weight.device.type, amp_dtype) if amp_dtype else nullcontext()
                 with cast:
                     # One in half precision may stand beside the others in float32.
-                    own = images.to(next(model.parameters(), weight))
-                    output = single_output(model(own), name, len(images)) if known is None else known
+                    own = some.to(next(model.parameters(), weight))
+                    output = single_output(model(own), name, len(some)) if known is None else known
                 if answers is not None and model is first:
                     answers[number] = output
                 logits = output.double().flatten(1)  # features of a headless model may be [B, N, C]
@@ -150,15 +155,16 @@ def evaluate_models(
                     reference = logits
                     if labels is not None and classifier:
                         labels = check_labels(labels, len(images), logits.shape[1]).to(weight.device)
-                if logits.shape != reference.shape:
+                if logits.shape[1:] != reference.shape[1:]:
                     raise ArgumentError(
                         f"{name} has outputs of shape {list(logits.shape)}, the reference {list(reference.shape)}"
                     )
-                divergence = tallies[name].update(logits, reference, labels, classifier)
+                known_labels = None if labels is None else labels[part]
+                divergence = tallies[name].update(logits, reference[part], known_labels, classifier)
             if worst is not None and divergence is not None and reference is not None:
                 worst.update(images, divergence, reference, logits, labels)
             done += len(images)
-            progress("evaluate", done, total)
+            progress("evaluate", done, max(done, total))
     if not done:
         raise ArgumentError("no images to evaluate on")
     return [tally.metrics(name) for name, tally in tallies.items()]

@@ -82,7 +82,14 @@ class Corrupted:
     normalisation: Normalisation | None
 
     @classmethod
-    def of(cls, share: float | None, images: Iterable[Any], pixels: torch.Tensor, model: nn.Module) -> "Corrupted":
+    def of(
+        cls,
+        share: float | None,
+        images: Iterable[Any],
+        pixels: torch.Tensor,
+        model: nn.Module,
+        normalisation: Normalisation | None = None,
+    ) -> "Corrupted":
         """Return what the option says, or half of the images if it says nothing and they are pixels.
 
         Args:
@@ -90,6 +97,7 @@ class Corrupted:
             images: as they were given.
             pixels: the same in one tensor `[M, C, H, W]`.
             model: whose config may say how they were normalised.
+            normalisation: of the images, if that is known.
 
         Raises:
             NormalisationError: a share is asked for, and the images are no pixels in 0..1 without their normalisation.
@@ -97,7 +105,7 @@ class Corrupted:
         if share == 0:
             return cls(0.0, None)
         try:
-            normalisation = Normalisation.of(images, model)
+            normalisation = normalisation or Normalisation.of(images, model)
             for part in pixels.split(_READ):
                 normalisation.pixels(part)
         except NormalisationError:

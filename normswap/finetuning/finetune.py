@@ -19,6 +19,7 @@ from ..calibration.activation_store import default_budget
 from ..errors import ArgumentError
 from ..inputs.batches import checked, gather
 from ..inputs.dataset import ImageSet
+from ..inputs.normalisation import Normalisation
 from ..model_utils import eval_mode
 from ..module_state import check_state, check_weights
 from ..progress import Progress, no_progress
@@ -41,6 +42,7 @@ def finetune(
     state: str | Path | TrainingState | None = None,
     resume: Resume = False,
     save_every: float = 300.0,
+    normalisation: Normalisation | None = None,
     progress: Progress = no_progress,
 ) -> Finetuning:
     """Train ``swapped``, in place, to answer as ``original`` does, which stays as it is.
@@ -60,6 +62,7 @@ def finetune(
         resume: go on from ``state``; on a CPU to the same bits as an undisturbed run. "auto" does so if the file is
             there, and begins if it is not.
         save_every: seconds between two writings.
+        normalisation: of the images; default: what an `ImageSet` or timm's config of the original says.
         progress: called with ("finetune: loss ..., agreement ...", steps done, steps in all).
 
     Raises:
@@ -92,7 +95,7 @@ def finetune(
     held = None if held_out is None else gather(held_out, weight)[0]
     if held is not None and held.shape[1:] != pixels.shape[1:]:
         raise ArgumentError(f"images of {list(pixels.shape[1:])}, but held out are some of {list(held.shape[1:])}")
-    corrupted = Corrupted.of(options.views, images, pixels, original)
+    corrupted = Corrupted.of(options.views, images, pixels, original, normalisation)
     run = Run(swapped, original, options, pixels, labels, held, corrupted)
     if kept is not None:
         kept.fingerprint = run.fingerprint()

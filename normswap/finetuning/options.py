@@ -33,7 +33,7 @@ class FinetuneOptions:
         clip_grad: largest norm of the gradient.
         kl, features, labels: weights of the three losses; ``labels`` above 0 needs labelled images.
         bn_mode: "frozen" trains through BatchNorm's fixed map, its statistics as calibration set them; "train" uses
-            the statistics of each batch, and afterwards estimates them again on clean images.
+            the statistics of each batch, and afterwards estimates them again on the images with their views.
         momentum: of the running statistics in "train".
         stem: also train the first layer, the one that reads pixels. Neighbouring pixels are alike, so steps of one size
             for every weight, as Adam makes them, add up there: it is the sharpest place of the model.

@@ -172,7 +172,7 @@ class Run:
         if self.average is not None:
             self._restore(self.average.module.state_dict())
         if self.options.bn_mode == "train":
-            estimate_statistics(self.student, list(self._clean()))
+            estimate_statistics(self.student, list(self._plain()))
         after = self.measure(self.student)
         gain, error = gain_of(self.before[0], after[0])
         # A student that was its own teacher, as the unconverted model of a control, has no distance to lose.
@@ -267,9 +267,10 @@ class Run:
             same += int((output.argmax(-1) == answer.argmax(-1)).sum()) if self.logits else 0
         return torch.cat(distances), 100 * same / len(self.held) if self.logits else None
 
-    def _clean(self) -> Iterator[torch.Tensor]:
+    def _plain(self) -> Iterator[torch.Tensor]:
+        """Yield the images, not mirrored and not cropped; some of them corrupted, as they were in training."""
         for index in self.train.split(self.options.batch_size)[self.rank :: self.size]:
-            yield self.pixels[index]
+            yield self.corrupted(self.pixels[index], self.options.seed + int(index[0]))
 
     def _restore(self, weights: dict[str, torch.Tensor]) -> None:
         self.student.load_state_dict(weights)

@@ -26,6 +26,8 @@ EXACT, _PROVEN_ON = 1e-6, 8
 ROUNDING = 1e-3
 # An answer may flip where two logits tie, and one in a thousand images may be such a tie.
 SAME_ANSWERS = 99.9
+# So many images tell one tie from more.
+FOLD_IMAGES = 1024
 
 
 def pictured(worst: WorstImages, images: Iterable[Any], model: nn.Module) -> tuple[list[WorstImage], list[str]]:
@@ -53,7 +55,7 @@ class FoldCheck:
     """What is known about a fold.
 
     Attributes:
-        found: fused against unfused, in the model's own dtype, on all images.
+        found: fused against unfused, in the model's own dtype.
         exact: largest difference of an output in float64, relative to the size of the outputs, on a few images; None
             where the model does not run in float64.
         dtype: of the model.

@@ -15,6 +15,7 @@ from ..finetuning.finetune import finetune
 from ..finetuning.options import FinetuneOptions, Resume, goes_on
 from ..inputs.batches import BATCH_SIZE, checked, rebatched
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.normalisation import Normalisation
 from ..inputs.overlap import note_overlap
 from ..outputs.rebuild import describe_edits, rebuilt
 from ..outputs.swapped_checkpoint import Swapped
@@ -23,7 +24,7 @@ from ..records.provenance import versions
 from ..records.report import ConversionReport, StageMetrics
 from ..search.budget import AccuracyBudget
 from ..surgery.fold import created_biases, fold_norms, judge_fold
-from .checks import FoldCheck, pictured
+from .checks import FOLD_IMAGES, FoldCheck, pictured
 from .conversion import Conversion
 from .options import EvaluationOptions
 from .stress_check import shuffled, stress_check
@@ -31,7 +32,6 @@ from .stress_check import shuffled, stress_check
 # Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
 _RANDOM_IMAGES = 8
 # Of a split at most so many are held to check the fold on; accuracy is measured on all.
-_FOLD_IMAGES = 1024
 
 
 @known_context()
@@ -79,7 +79,15 @@ def finetune_swapped(
     answers: dict[int, torch.Tensor] = {}  # of the original, which need not run twice
     first = _evaluate({"original": original, start: swapped.model}, evaluation, amp_dtype, progress, answers=answers)
     found = finetune(
-        swapped.model, items, original, options, held_out=held_out, state=state, resume=resumed, progress=progress
+        swapped.model,
+        items,
+        original,
+        options,
+        held_out=held_out,
+        state=state,
+        resume=resumed,
+        normalisation=Normalisation.of(images, original) if isinstance(images, ImageSet) else None,
+        progress=progress,
     )
     models = {"original": original, "finetuned": swapped.model}
     last = _evaluate(models, evaluation, amp_dtype, progress, answers=answers)
@@ -159,7 +167,7 @@ def _fold_images(images: Iterable[Any] | None, size: tuple[int, int, int], like:
     if images is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randn(_RANDOM_IMAGES, *size, generator=generator).to(like)]
-    some = images.draw(_FOLD_IMAGES, 0) if isinstance(images, ImageSet) else images
+    some = images.draw(FOLD_IMAGES, 0) if isinstance(images, ImageSet) else images
     return [batch.to(like) for batch in rebatched(some, BATCH_SIZE)]
 
 

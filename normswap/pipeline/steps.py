@@ -13,13 +13,15 @@ from ..ambient import thawed
 from ..calibration.views import with_views
 from ..distributed import world
 from ..errors import ArgumentError, CheckFailedError
-from ..evaluation.evaluate import BRIEF, evaluate_models
+from ..evaluation.evaluate import evaluate_models
 from ..evaluation.worst_images import WorstImages
+from ..finetuning.augment import Corrupted
 from ..finetuning.finetune import check_images, finetune
 from ..finetuning.holdout import hold_out
 from ..inputs.batches import ImageBatches
 from ..inputs.batches import checked as checked_batches
 from ..inputs.dataset import ImageSet, describe
+from ..inputs.normalisation import Normalisation
 from ..inputs.overlap import note_overlap
 from ..model_utils import eval_mode, meta_copy
 from ..module_state import as_given, check_state, check_weights, in_float32
@@ -29,7 +31,7 @@ from ..progress import Progress
 from ..records.report import ConversionReport
 from ..search.trials import Attempt, Trials
 from ..surgery.fold import created_biases, fold_norms, judge_fold
-from .checks import FoldCheck, pictured
+from .checks import FOLD_IMAGES, FoldCheck, pictured
 from .conversion import Conversion
 from .first_look import FirstLook, look_at
 from .resumption import calibration_fingerprint, opened, recall, remember
@@ -54,10 +56,14 @@ def prepared(request: Request) -> Work:
     if stage is not None and parted:
         items, held_out = hold_out(items, stage.options.seed)
     batches = ImageBatches(items, weight)
-    training = None
+    training = normalisation = None
     if stage is not None:
         training = items if stage.images is None else stage.images
         check_images(training, weight, stage.options, held_out is not None)
+        told = request.images if stage.images is None else stage.images
+        normalisation = Normalisation.of(told, model) if isinstance(told, ImageSet) else None
+        if stage.options.views and stage.images is None:  # refused here and not after the calibration
+            Corrupted.of(stage.options.views, told, batches[0], model)
     plan = _planned(request, model, batches)
     source: Iterable[Any] = items
     named = items if parted else request.images
@@ -86,6 +92,7 @@ def prepared(request: Request) -> Work:
         source_data=source_data,
         training=training,
         held_out=held_out,
+        normalisation=normalisation,
         shadow=shadow,
         viewed=views,
         views=share,
@@ -197,7 +204,15 @@ def finetuned(work: Work) -> None:
         training = list(checked_batches(training))  # it is gone through twice
         control = copy.deepcopy(work.original)
         with work.clock("control"):
-            finetune(control, training, work.original, stage.options, held_out=held_out, progress=progress)
+            finetune(
+                control,
+                training,
+                work.original,
+                stage.options,
+                held_out=held_out,
+                normalisation=work.normalisation,
+                progress=progress,
+            )
         work.controls = {"control": control}
     with work.clock("finetune"):
         work.finetuning = finetune(
@@ -208,20 +223,21 @@ def finetuned(work: Work) -> None:
             held_out=held_out,
             state=work.state,
             resume=work.resumed,
+            normalisation=work.normalisation,
             progress=progress,
         )
 
 
 def folded(work: Work) -> None:
-    """Fold every BatchNorm, and compare the outputs before and after on the calibration images."""
+    """Fold every BatchNorm, and compare the outputs before and after on up to 1,024 calibration images."""
     with work.clock("fold"):
         verdicts = judge_fold(work.trained, work.plan.input_size)
         work.fused = fold_norms(work.trained, verdicts=verdicts)
-        work.fold = FoldCheck.of(work.trained, work.fused, work.batches.first(BRIEF), verdicts)
+        work.fold = FoldCheck.of(work.trained, work.fused, work.batches.first(FOLD_IMAGES), verdicts)
 
 
 def measured(work: Work) -> None:
-    """Measure every stage on the evaluation images, and write the report."""
+    """Measure original and result on the evaluation images, the stages between on a part, and write the report."""
     request, evaluation = work.request, work.request.evaluation
     work.report = report = _report(work)
     stages = {"original": work.original, **work.controls, "swapped": work.attempt.swapped}

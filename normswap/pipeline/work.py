@@ -14,6 +14,7 @@ from ..errors import ArgumentError
 from ..finetuning.run_state import TrainingState
 from ..inputs.batches import ImageBatches, held_batches
 from ..inputs.dataset import ImageSet
+from ..inputs.normalisation import Normalisation
 from ..model_utils import has_classes
 from ..outputs.rebuild import Rebuilt
 from ..planning.options import FfnBn
@@ -84,6 +85,7 @@ class Work:
         source, named: what is evaluated on, and the same as the set that names its images.
         source_data: which images these are, in words; None until they are counted.
         training, held_out: images of the fine-tuning; None without.
+        normalisation: of these images, where they know it themselves.
         state, resumed: the file of the training run, None where none is kept, and whether the run goes on from it.
         fingerprint: what tells this calibration from others.
         shadow, rebuilt: the original on the meta device, and what timm can rebuild of it.
@@ -111,6 +113,7 @@ class Work:
     source_data: str | None
     training: Iterable[Any] | None
     held_out: list[Any] | None
+    normalisation: Normalisation | None
     shadow: nn.Module
     rebuilt: Rebuilt
     clock: Clock

@@ -247,7 +247,7 @@ class ConversionReport:
 
     @property
     def calibration_passes(self) -> float | None:
-        """What calibration cost, in plain forward passes of the original over the same images."""
+        """What calibration cost, in plain forward passes of the original over the images without their copies."""
         calibrate, forward = self.seconds.get("calibrate"), self.seconds.get("forward_pass")
         return calibrate / forward if calibrate is not None and forward else None
 

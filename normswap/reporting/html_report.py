@@ -163,7 +163,8 @@ def _layer_row(f: LayerFit) -> list[str]:
 
 
 def _waterfall(stages: Sequence[StageMetrics], metric: Metric) -> Svg | None:
-    chain = [s for s in stages if s.name != _CONTROL]
+    # Only what was measured on the same images differs by the step alone.
+    chain = [s for s in stages if s.name != _CONTROL and s.n == stages[0].n]
     if not chain:
         return None
     values = [finite(getattr(s, metric.key)) for s in chain]

@@ -168,9 +168,9 @@ def _short(model: str) -> str:
 
 
 def _stage_rows(stages: list[StageMetrics]) -> list[str]:
-    columns = ["stage", "top-1 %", "top-5 %", "top-1 agreement %", "KL", "non-finite"]
+    columns = ["stage", "top-1 %", "top-5 %", "top-1 agreement %", "KL", "non-finite", "images"]
     rows = [
-        [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite)]
+        [s.name, number(s.top1), number(s.top5), number(s.agreement), number(s.kl, 4), str(s.non_finite), str(s.n)]
         for s in stages
     ]
     return markdown(columns, rows)
@@ -196,7 +196,7 @@ def _views(report: ConversionReport) -> str:
 
 def _cost(report: ConversionReport) -> str:
     passes = report.calibration_passes
-    return "" if passes is None else f"; it took as long as {passes:.1f} forward passes over them"
+    return "" if passes is None else f"; it took as long as {passes:.1f} forward passes over the images"
 
 
 def _stream(report: ConversionReport) -> list[str]:
