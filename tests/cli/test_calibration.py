@@ -19,7 +19,10 @@ __all__ = ["converted"]  # a fixture
 
 def test_the_defaults_are_the_librarys():
     options = (
-        cli.commands["convert"].make_context("convert", ["-m", "vit", "-o", "out", "--finetune-epochs", "1"]).params
+        cli.commands["convert"]
+        # click keeps the names of the help option that it sees first, for every test that follows.
+        .make_context("convert", ["-m", "vit", "-o", "out", "--finetune-epochs", "1"], **cli.context_settings)
+        .params
     )
     assert arguments.calibration(options) == normswap.CalibrationOptions()
     assert arguments.budget(options) == normswap.AccuracyBudget()
