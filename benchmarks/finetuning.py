@@ -143,7 +143,7 @@ def settings_of(row: dict) -> dict[str, str]:
         "batch": str(row["batch_size"]),
         "images": str(row["samples"]),
         "epochs": str(row["epochs"]),
-        "mirrored, cropped": "yes" if row["hflip"] or row["scale"] < 1 else "no",
+        "mirror and crop": "yes" if row["hflip"] or row["scale"] < 1 else "no",
         "corrupted": f"{row.get('views', 0.0):g}",
         "seed": str(row["seed"]),
         "on": row["device"],
