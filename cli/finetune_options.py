@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 from cloup import option, option_group
 
+from normswap.calibration.options import SHARE
 from normswap.finetuning.options import BN_MODES, FADE_ORDERS, FinetuneOptions
 
 from . import options as o
@@ -39,7 +40,7 @@ def finetune_group(
             "finetune_views",
             type=click.FloatRange(0, 1),
             metavar="X",
-            help="augmentation: share of the images that carry a random corruption  [0.5]",
+            help=f"augmentation: share of the images that carry a random corruption  [{SHARE:g}]",
         ),
         option("--train-amp", is_flag=True, help="train in bfloat16 mixed precision"),
         option(

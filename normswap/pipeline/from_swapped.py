@@ -31,7 +31,6 @@ from .stress_check import shuffled, stress_check
 
 # Random images that show whether a fold is exact where none are given; it is a matter of arithmetic, not of content.
 _RANDOM_IMAGES = 8
-# Of a split at most so many are held to check the fold on; accuracy is measured on all.
 
 
 @known_context()

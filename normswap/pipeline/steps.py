@@ -249,10 +249,16 @@ def measured(work: Work) -> None:
     stages["fused"] = work.result if len(dtypes) == 1 else work.fused
     worst = WorstImages(evaluation.worst_images)
     known = work.outputs if work.budget else None
-    between = [name for name in ("swapped", "calibrated") if name in stages]
     with work.clock("evaluate"):
         report.stages = evaluate_models(
-            stages, work.source, evaluation.amp_dtype, request.progress, work.total, worst, known, between
+            stages,
+            work.source,
+            evaluation.amp_dtype,
+            request.progress,
+            work.total,
+            worst,
+            known,
+            brief=("swapped", "calibrated"),
         )
     if work.source_data is None:
         report.evaluation_data = describe(work.source, report.stages[0].n)
